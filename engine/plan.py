@@ -1,0 +1,95 @@
+"""What the scheduler asks of the device in one step, and what comes back. Values only.
+
+The device keeps state per *slot* (a row of its persistent batch): token ids, block table, sampling
+parameters. A sequence owns a slot from `Admit` until its slot is admitted anew. A sampled token is
+written into the slot's token row on the device, so the next plan may refer to it unseen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from engine.protocol import Sampling
+
+
+class Admit(NamedTuple):
+    """Put a sequence into `slot`: all its known tokens, its first blocks, how it samples."""
+
+    slot: int
+    tokens: list[int]  # prompt and already generated tokens
+    num_prompt: int
+    blocks: list[int]
+    sampling: Sampling
+    stop_ids: tuple[int, ...]  # masked while fewer than sampling.min_new tokens are generated
+
+
+class Grow(NamedTuple):
+    """Append `blocks` to the block table of `slot`, from entry `at` on."""
+
+    slot: int
+    at: int
+    blocks: list[int]
+
+
+class Copy(NamedTuple):
+    """Copy the first `count` tokens' keys and values of block `source` into `target`."""
+
+    source: int
+    target: int
+    count: int
+
+
+class Row(NamedTuple):
+    """Compute positions [start, start + count) of `slot`; sample after the last one if `samples`."""
+
+    slot: int
+    id: int
+    start: int
+    count: int
+    samples: bool
+
+
+class StepPlan(NamedTuple):
+    """One forward pass. To be applied in this order: copies, admits, grows, rows."""
+
+    step: int
+    rows: list[Row]
+    admits: list[Admit]
+    grows: list[Grow]
+    copies: list[Copy]
+
+
+class TokenLogprobs(NamedTuple):
+    """`chosen[i]` of consecutive tokens, and for each its best rivals as (id, logprob)."""
+
+    chosen: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+class Sampled(NamedTuple):
+    """Results of a plan. `tokens[i]` belongs to the i-th row that samples.
+
+    `logprobs` maps an index into `tokens`, `prompt_logprobs` an index into `plan.rows`: there the
+    first entry is the log-probability of token `start + 1` (the one after the row's first), and
+    a row whose chunk ends the prompt gives `count - 1` entries, any other one `count`.
+    A row named in `failed` (index into `plan.rows`) gave no valid result; the text says why.
+    """
+
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, TokenLogprobs]
+    failed: dict[int, str]
+
+
+class Pending(Protocol):
+    """A launched step."""
+
+    def result(self) -> Sampled:
+        """Wait for the step and read its results."""
+        ...
+
+
+class RunnerLike(Protocol):
+    """What the loop needs of a device: `launch` queues the work and returns at once."""
+
+    def launch(self, plan: StepPlan) -> Pending: ...
