@@ -15,6 +15,14 @@ QuantName = Literal["none", "int8", "fp8", "nf4", "bnb-int8"]
 LoadFormat = Literal["auto", "dummy"]
 
 
+class ModelError(Exception):
+    """The model or its settings cannot be used: the text is one sentence for the operator."""
+
+
+class NotEnoughMemory(Exception):
+    """Weights or KV cache do not fit: the text gives the numbers."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine's orders. Zero means "decide from the model and the device" where allowed.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from engine.protocol import Sampling
 
 
@@ -31,7 +33,7 @@ class Grow(NamedTuple):
     blocks: list[int]
 
 
-class Copy(NamedTuple):
+class Copy(msgspec.Struct, frozen=True, gc=False):
     """Copy the first `count` tokens' keys and values of block `source` into `target`."""
 
     source: int
@@ -39,8 +41,8 @@ class Copy(NamedTuple):
     count: int
 
 
-class Row(NamedTuple):
-    """Compute positions [start, start + count) of `slot`; sample after the last one if `samples`."""
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """Compute positions [start, start + count) of `slot`; sample after the last if `samples`."""
 
     slot: int
     id: int

@@ -14,13 +14,14 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
+_Number = TypeVar("_Number", int, float)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -28,7 +29,7 @@ class Wire(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Common options of every struct that crosses the socket."""
 
 
-class Sampling(Wire):
+class Sampling(Wire, frozen=True):
     """How one request's next token is chosen; neutral values mean "off".
 
     `seed` is always resolved by the router, so that noise is a pure function of
@@ -50,7 +51,7 @@ class Sampling(Wire):
     min_new: int = 0
 
 
-class Submit(Wire, tag="submit"):
+class Submit(Wire, frozen=True, tag="submit"):
     """Start one sequence. `tokens[:num_prompt]` is the prompt, the rest was already generated.
 
     `max_new` bounds the generated tokens still to come (those in `tokens` not counted); `min_new`
@@ -68,27 +69,27 @@ class Submit(Wire, tag="submit"):
     num_prompt: int = 0
 
 
-class Abort(Wire, tag="abort"):
+class Abort(Wire, frozen=True, tag="abort"):
     """End these sequences at the next step boundary; unknown ids are ignored."""
 
     epoch: int
     ids: tuple[int, ...]
 
 
-class Drain(Wire, tag="drain"):
+class Drain(Wire, frozen=True, tag="drain"):
     """Finish what runs, then exit 0. Submits that arrive later end with `abort`."""
 
     epoch: int
 
 
-class Ping(Wire, tag="ping"):
+class Ping(Wire, frozen=True, tag="ping"):
     """Are you there? Answered by `Pong` with the same number from the step loop itself."""
 
     epoch: int
     n: int
 
 
-class Limits(Wire):
+class Limits(Wire, frozen=True):
     """Facts that only the engine knows once the model is loaded."""
 
     max_len: int
@@ -103,7 +104,7 @@ class Limits(Wire):
     dtype: str = ""
 
 
-class Stats(Wire):
+class Stats(Wire, frozen=True):
     """Gauges and running totals since start, folded into each `StepOutput` and `Pong`."""
 
     waiting: int = 0
@@ -121,7 +122,7 @@ class Stats(Wire):
     blocks_leaked: int = 0
 
 
-class Finish(Wire):
+class Finish(Wire, frozen=True):
     """The one end of sequence `id`; `detail` is the text of an `error`."""
 
     id: int
@@ -129,7 +130,7 @@ class Finish(Wire):
     detail: str = ""
 
 
-class Logprobs(Wire):
+class Logprobs(Wire, frozen=True):
     """Log-probabilities of `count` consecutive tokens of sequence `id`.
 
     `start` is the first token's position in the whole sequence. `chosen` holds float32[count];
@@ -143,14 +144,14 @@ class Logprobs(Wire):
     top: bytes = b""
 
 
-class Started(Wire):
+class Started(Wire, frozen=True):
     """Sequence `id` left the waiting queue; `cached` prompt tokens came from the prefix cache."""
 
     id: int
     cached: int
 
 
-class Ready(Wire, tag="ready"):
+class Ready(Wire, frozen=True, tag="ready"):
     """First message of an engine: the model is loaded and submits are welcome."""
 
     epoch: int
@@ -158,7 +159,7 @@ class Ready(Wire, tag="ready"):
     limits: Limits
 
 
-class StepOutput(Wire, tag="step"):
+class StepOutput(Wire, frozen=True, tag="step"):
     """All that one step produced, in columns.
 
     Sequence `ids[i]` gained `counts[i]` tokens (an empty `counts` means one each); `tokens` holds
@@ -177,7 +178,7 @@ class StepOutput(Wire, tag="step"):
     prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
-class Pong(Wire, tag="pong"):
+class Pong(Wire, frozen=True, tag="pong"):
     """Answer to `Ping`, sent by the step loop."""
 
     epoch: int
@@ -185,7 +186,7 @@ class Pong(Wire, tag="pong"):
     stats: Stats = Stats()
 
 
-class Busy(Wire, tag="busy"):
+class Busy(Wire, frozen=True, tag="busy"):
     """The engine will be silent for up to `expected_s` seconds: a load or a very long step."""
 
     epoch: int
@@ -193,7 +194,7 @@ class Busy(Wire, tag="busy"):
     expected_s: float
 
 
-class Fatal(Wire, tag="fatal"):
+class Fatal(Wire, frozen=True, tag="fatal"):
     """The engine is about to exit with `code`; `reason` is one sentence for the operator."""
 
     epoch: int
@@ -205,8 +206,8 @@ ToEngine = Submit | Abort | Drain | Ping
 ToRouter = Ready | StepOutput | Pong | Busy | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_router = msgspec.msgpack.Decoder(ToRouter)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 
 
 class BadFrame(ValueError):
@@ -236,36 +237,32 @@ def decode_to_router(frame: bytes) -> ToRouter:
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:
     """Token ids as little-endian int32. Raises OverflowError beyond int32."""
-    return _little("i", tokens)
+    return _little_endian(array("i", tokens)).tobytes()
 
 
 def unpack_tokens(data: bytes) -> list[int]:
     """Inverse of `pack_tokens`. Raises `BadFrame` on a length that is no multiple of 4."""
-    return [int(token) for token in _unpack("i", data)]
+    return _fill(array("i"), data).tolist()
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
     """Numbers as little-endian float32."""
-    return _little("f", values)
+    return _little_endian(array("f", values)).tobytes()
 
 
 def unpack_floats(data: bytes) -> list[float]:
     """Inverse of `pack_floats`. Raises `BadFrame` on a length that is no multiple of 4."""
-    return [float(value) for value in _unpack("f", data)]
+    return _fill(array("f"), data).tolist()
 
 
-def _little(code: Literal["i", "f"], values: Iterable[float]) -> bytes:
-    packed = array(code, values)  # type: ignore[arg-type,type-var]
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def _unpack(code: Literal["i", "f"], data: bytes) -> list[float]:
-    if len(data) % 4:
-        raise BadFrame(f"{len(data)} bytes are no whole number of 4-byte values")
-    values = array(code)
+def _fill(values: array[_Number], data: bytes) -> array[_Number]:
+    if len(data) % values.itemsize:
+        raise BadFrame(f"{len(data)} bytes are no whole number of {values.itemsize}-byte values")
     values.frombytes(data)
+    return _little_endian(values)
+
+
+def _little_endian(values: array[_Number]) -> array[_Number]:
     if sys.byteorder == "big":
         values.byteswap()
-    return values.tolist()
+    return values

@@ -1,0 +1,59 @@
+"""What one step tells every attention layer, and the protocol that a backend fulfils.
+
+Shapes: `q` is [num_tokens, num_heads, head_dim], `k` and `v` are [num_tokens, kv_heads, head_dim].
+The KV memory of one layer is [2, kv_heads, num_blocks, block_size, head_dim] (keys, then values).
+Query head i reads kv head i // (num_heads // kv_heads).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class DecodeGroup(NamedTuple):
+    """Tokens [begin, end) of the step, one per sequence, whose contexts are of similar length.
+
+    `blocks` is int64 [(end - begin) * blocks_per_row], row by row, padded with any valid block;
+    `mask` is float [end - begin, 1, blocks_per_row * block_size], 0 or -inf, and None where one row
+    has exactly `length` positions.
+    """
+
+    begin: int
+    end: int
+    length: int
+    blocks: Tensor
+    mask: Tensor | None
+
+
+class Chunk(NamedTuple):
+    """Tokens [begin, end) of the step: consecutive positions from `start` on of one sequence.
+
+    `blocks` is int64 [ceil((start + end - begin) / block_size)]; `mask` is float
+    [end - begin, start + end - begin], 0 or -inf, and None where `start` is 0 (plain causal).
+    """
+
+    begin: int
+    end: int
+    start: int
+    blocks: Tensor
+    mask: Tensor | None
+
+
+class AttentionInputs(NamedTuple):
+    """One step. `slots` is int64 [num_tokens]: block * block_size + offset of each token's KV."""
+
+    slots: Tensor
+    groups: list[DecodeGroup]
+    chunks: list[Chunk]
+
+
+class AttentionBackend(Protocol):
+    """Chosen once in the device's builder; a backend is a file."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer_kv: Tensor, inputs: AttentionInputs
+    ) -> Tensor:
+        """Writes k and v to `inputs.slots`, attends; returns [num_tokens, num_heads * head_dim]."""
+        ...

@@ -1,0 +1,34 @@
+"""How many KV blocks an engine gets: arithmetic over what the router planned and what is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.config import EngineConfig, NotEnoughMemory
+
+# Without a plan an engine on the CPU takes at most this much, so that a desktop stays usable.
+_CPU_KV_BYTES = 1 << 30
+
+
+def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
+    """Blocks of the KV cache. Raises `NotEnoughMemory` if one full-length sequence does not fit."""
+    per_sequence = -(-max_len // config.block_size)
+    if config.num_blocks:
+        return config.num_blocks
+    budget = config.kv_bytes or min(_CPU_KV_BYTES, free_bytes() // 4)
+    blocks = min(budget // block_bytes, per_sequence * config.max_batch)
+    if blocks < per_sequence:
+        need, have = per_sequence * block_bytes / 1e9, budget / 1e9
+        raise NotEnoughMemory(
+            f"the KV cache of one sequence of {max_len} tokens needs {need:.2f} GB and {have:.2f} GB "
+            f"are given to it; pass --max-len {blocks * config.block_size} or a larger --kv-memory"
+        )
+    return blocks
+
+
+def free_bytes() -> int:
+    """Memory that new allocations may use, by the kernel's estimate."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

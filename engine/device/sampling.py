@@ -1,0 +1,155 @@
+"""Logits -> next tokens, on the device, rows of a batch together.
+
+Pure functions of tensors. Randomness is a pure function of (seed, position): a request gives the
+same text whatever runs beside it, and can continue on another engine. Order as users of vLLM know it:
+bias and penalties on the raw logits, then temperature, min-p, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.plan import Admit, TokenLogprobs
+from engine.protocol import Sampling
+
+# Below this temperature the answer is the greedy one (and the division would overflow).
+_GREEDY_BELOW = 1e-5
+# Candidates that are sorted for top-p before the whole vocabulary is.
+_TOP_P_WINDOW = 256
+
+
+class SlotSampling(NamedTuple):
+    """What a slot's sampling needs, prepared once at admission."""
+
+    params: Sampling
+    num_prompt: int
+    bias_ids: Tensor | None
+    bias: Tensor | None
+    stop_ids: Tensor | None
+
+    @staticmethod
+    def of(admit: Admit, device: torch.device) -> SlotSampling:
+        params = admit.sampling
+        bias_ids = bias = stop_ids = None
+        if params.logit_bias:
+            bias_ids = torch.tensor([token for token, _ in params.logit_bias], device=device)
+            bias = torch.tensor([value for _, value in params.logit_bias], device=device)
+        if params.min_new and admit.stop_ids:
+            stop_ids = torch.tensor(admit.stop_ids, device=device)
+        return SlotSampling(params, admit.num_prompt, bias_ids, bias, stop_ids)
+
+    @property
+    def greedy(self) -> bool:
+        """True if the likeliest token is taken."""
+        params = self.params
+        return params.temperature < _GREEDY_BELOW or params.top_k == 1 or params.top_p <= 0.0
+
+    @property
+    def edits_logits(self) -> bool:
+        """True if bias, penalties or a minimum length change the logits."""
+        params = self.params
+        return (
+            self.bias is not None
+            or self.stop_ids is not None
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+            or params.repetition_penalty != 1.0
+        )
+
+
+def sample(logits: Tensor, slots: list[SlotSampling], known: list[Tensor]) -> Tensor:
+    """float32 [n, vocab] -> int64 [n].
+
+    `known[i]` holds row i's tokens so far: its length is the position of the token to be chosen.
+    `logits` may be overwritten for rows that edit them.
+    """
+    for row, slot in enumerate(slots):
+        if slot.edits_logits:
+            edit_logits(logits[row], slot, known[row])
+    tokens = logits.argmax(-1)
+    random = [row for row, slot in enumerate(slots) if not slot.greedy]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        tokens[rows] = _draw(
+            logits[rows], [slots[row] for row in random], [known[row] for row in random]
+        )
+    return tokens
+
+
+def edit_logits(logits: Tensor, slot: SlotSampling, known: Tensor) -> None:
+    """Applies bias, penalties and the minimum length to one row [vocab], in place."""
+    params = slot.params
+    generated = known[slot.num_prompt :]
+    if slot.bias is not None and slot.bias_ids is not None:
+        logits.index_add_(0, slot.bias_ids, slot.bias)
+    if params.repetition_penalty != 1.0:
+        seen = torch.unique(known)
+        values = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and generated.numel():
+        seen, counts = torch.unique(generated, return_counts=True)
+        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if slot.stop_ids is not None and generated.numel() < params.min_new:
+        logits[slot.stop_ids] = float("-inf")
+
+
+def _draw(logits: Tensor, slots: list[SlotSampling], known: list[Tensor]) -> Tensor:
+    """Inverse-transform sampling over the kept tokens in id order: one uniform number a row."""
+    device = logits.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    probabilities = torch.softmax(logits / column([s.params.temperature for s in slots]), -1)
+    if any(slot.params.min_p > 0.0 for slot in slots):
+        floor = column([slot.params.min_p for slot in slots]) * probabilities.amax(-1, keepdim=True)
+        probabilities.masked_fill_(probabilities < floor, 0.0)
+    for row, slot in enumerate(slots):
+        _keep_top(probabilities[row], slot.params)
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    uniform = [noise(slot.params.seed, len(row)) for slot, row in zip(slots, known, strict=True)]
+    wanted = torch.tensor(uniform, dtype=torch.float64, device=device)[:, None] * sums[:, -1:]
+    # `right`: the first token whose cumulative sum exceeds the number, never one of probability 0.
+    return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def _keep_top(probabilities: Tensor, params: Sampling) -> None:
+    """Zeroes what top-k and top-p leave out of one row [vocab], without sorting all of it."""
+    vocab = probabilities.shape[-1]
+    if 0 < params.top_k < vocab:
+        least = probabilities.topk(params.top_k).values[-1]
+        probabilities.masked_fill_(probabilities < least, 0.0)
+    if params.top_p < 1.0:
+        total = probabilities.sum()
+        window = min(_TOP_P_WINDOW, vocab)
+        best = probabilities.topk(window).values
+        if best.sum() < params.top_p * total:
+            best = probabilities.sort(descending=True).values
+        # A token stays if those before it do not reach top_p: the likeliest one always does.
+        before = best.cumsum(-1) - best
+        kept = best[before < params.top_p * total]
+        probabilities.masked_fill_(probabilities < kept[-1], 0.0)
+
+
+def noise(seed: int, position: int) -> float:
+    """A uniform number in [0, 1): 53 bits of a hash of (seed, position)."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, rivals: int) -> TokenLogprobs:
+    """Log-probabilities of chosen tokens and their `rivals` best, from raw logits [n, vocab]."""
+    scale = logits.logsumexp(-1, keepdim=True)
+    chosen = (logits.gather(-1, tokens[:, None]) - scale).squeeze(-1)
+    if rivals <= 0:
+        return TokenLogprobs(chosen.tolist(), [[] for _ in range(len(chosen))])
+    best = logits.topk(min(rivals, logits.shape[-1]), -1)
+    values, ids = (best.values - scale).tolist(), best.indices.tolist()
+    top = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+    return TokenLogprobs(chosen.tolist(), top)

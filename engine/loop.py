@@ -1,0 +1,217 @@
+"""The engine's only loop: receive, plan, launch, commit, send.
+
+Owns the order of things within a step, the steps in flight and the drain state. Must not know
+torch, sockets, tokens' meaning or scheduling policy: the scheduler decides, the runner computes,
+the link carries. Read `EngineLoop.step` and `run`, and you have seen the engine.
+
+Errors: a request that makes no sense, or whose row fails, ends with its own `error`, decided in
+scheduler and runner. What is raised through this file means that shared state can no longer be
+trusted, and is left to the boundary in `engine.main`.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, assert_never
+
+from engine.inbox import EXIT_PARENT_GONE, EngineLink, Item, ParentGone, Skipped, Terminate
+from engine.plan import Pending, RunnerLike, Sampled, StepPlan
+from engine.protocol import (
+    Abort,
+    Busy,
+    Drain,
+    Finish,
+    Ping,
+    Pong,
+    Stats,
+    StepOutput,
+    Submit,
+    ToRouter,
+)
+from engine.stats import Counters
+
+EXIT_DRAINED = 0
+# Cyclic garbage is collected when idle; under load that never pauses, every so many steps.
+_STEPS_PER_COLLECTION = 10_000
+# A step expected to take longer announces itself, well before a router would call it a hang.
+_LONG_STEP_S = 5.0
+
+
+class SchedulerLike(Protocol):
+    """What the loop needs of the scheduler; see `engine.scheduler` for the contracts."""
+
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def counters(self) -> Counters: ...
+    def add(self, submit: Submit) -> None: ...
+    def abort(self, ids: Sequence[int]) -> None: ...
+    def plan(self) -> StepPlan | None: ...
+    def commit(self, plan: StepPlan, sampled: Sampled) -> None: ...
+    def take_output(self) -> StepOutput | None: ...
+
+
+class StepClock:
+    """Predicts a step's seconds from its tokens, to tell a long step from a hang.
+
+    Only steps of at least `LARGE` tokens count: smaller ones are bound by reading the weights, and
+    their seconds per token say nothing about a prompt.
+    """
+
+    LARGE = 64
+
+    def __init__(self, s_per_token: float = 0.1) -> None:
+        self._s_per_token = s_per_token  # a slow guess until something was measured
+
+    def expected_s(self, num_tokens: int) -> float:
+        """0 for a step too small to be predicted."""
+        return num_tokens * self._s_per_token if num_tokens >= self.LARGE else 0.0
+
+    def learn(self, num_tokens: int, took_s: float) -> None:
+        """Record a finished step."""
+        if num_tokens >= self.LARGE:
+            self._s_per_token = took_s / num_tokens
+
+
+class _Launched(NamedTuple):
+    plan: StepPlan
+    pending: Pending
+    num_tokens: int
+    at_s: float
+
+
+class EngineLoop:
+    """Applies what arrives, advances the batch by one step, and says what to send.
+
+    `overlap` 1: step N+1 is planned and launched before step N is committed, so that the device
+    never waits for the host. `exit_code` is None while the engine should live.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerLike,
+        runner: RunnerLike,
+        *,
+        epoch: int,
+        overlap: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.exit_code: int | None = None
+        self._scheduler = scheduler
+        self._runner = runner
+        self._epoch = epoch
+        self._overlap = overlap
+        self._clock = clock
+        self._step_clock = StepClock()
+        self._launched: deque[_Launched] = deque()
+        self._draining = False
+        self._terminations = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether another step has work; if not, the caller may wait for the next item."""
+        return self._scheduler.busy or bool(self._launched)
+
+    def step(self, inbox: Sequence[Item]) -> Iterator[ToRouter]:
+        """Apply `inbox`, then run one step.
+
+        To be iterated to its end, each message sent before the next one is asked for: a `Busy`
+        must be out before the step that it announces.
+        """
+        yield from self._apply(inbox)
+        if self.exit_code is not None:
+            return
+        yield from self._advance()
+        if self._draining and not self.busy:
+            self.exit_code = EXIT_DRAINED
+
+    def _apply(self, inbox: Sequence[Item]) -> Iterator[ToRouter]:
+        refused: list[Finish] = []
+        for item in inbox:
+            match item:
+                case Submit():
+                    if self._draining:
+                        refused.append(Finish(item.id, "abort", "the engine is draining"))
+                    else:
+                        self._scheduler.add(item)
+                case Abort():
+                    self._scheduler.abort(item.ids)
+                case Ping():
+                    yield Pong(self._epoch, item.n, self._scheduler.stats)
+                case Drain():
+                    self._draining = True
+                case Terminate():
+                    self._terminate(item.signal)
+                case ParentGone():
+                    self.exit_code = EXIT_PARENT_GONE
+                case Skipped():
+                    self._scheduler.counters.bad_frames += 1
+                case _:
+                    assert_never(item)
+        if refused:
+            stats = self._scheduler.stats
+            yield StepOutput(
+                self._epoch, stats.steps, (), (), b"", finished=tuple(refused), stats=stats
+            )
+
+    def _terminate(self, signal_number: int) -> None:
+        """The first signal drains, the second one leaves with the shell's code for it."""
+        self._terminations += 1
+        self._draining = True
+        if self._terminations > 1:
+            self.exit_code = 128 + signal_number
+
+    def _advance(self) -> Iterator[ToRouter]:
+        plan = self._scheduler.plan()
+        if plan is not None:
+            num_tokens = sum(row.count for row in plan.rows)
+            expected_s = self._step_clock.expected_s(num_tokens)
+            if expected_s > _LONG_STEP_S:
+                yield Busy(self._epoch, "step", expected_s)
+            started_s = self._clock()
+            pending = self._runner.launch(plan)
+            self._launched.append(_Launched(plan, pending, num_tokens, started_s))
+        allowed_ahead = 0 if plan is None else self._overlap
+        committed = len(self._launched) > allowed_ahead
+        if committed:
+            self._commit(self._launched.popleft())
+        output = self._scheduler.take_output()
+        if output is not None:
+            yield output
+        elif plan is None and not committed and self._scheduler.busy:
+            raise RuntimeError("sequences are waiting and no step can be planned")
+
+    def _commit(self, done: _Launched) -> None:
+        sampled = done.pending.result()
+        self._step_clock.learn(done.num_tokens, self._clock() - done.at_s)
+        self._scheduler.commit(done.plan, sampled)
+
+
+def run(loop: EngineLoop, link: EngineLink) -> int:
+    """Step until the loop has an exit code, and return it. Blocks, at no cost, while idle.
+
+    What exists at the start is never looked at again by the garbage collector, and nothing is
+    collected within a step.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    steps = 0
+    try:
+        while loop.exit_code is None:
+            if steps >= (_STEPS_PER_COLLECTION if loop.busy else 1):
+                gc.collect()
+                steps = 0
+            inbox = link.receive(0 if loop.busy else None)
+            for message in loop.step(inbox):
+                link.send(message)
+            steps += 1
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return loop.exit_code

@@ -1,0 +1,94 @@
+"""Building blocks of the decoder: norm, rotary embedding, gated MLP. Each owns its own weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.spec import RopeSpec
+from engine.quant.base import Linear
+
+
+class RmsNorm:
+    """x / rms(x) * weight over the last dimension; the variance is computed in float32 by torch."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._eps = eps
+        self._shape = list(weight.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self._weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)), added to the residual."""
+
+    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
+        self._gate = gate
+        self._up = up
+        self._down = down
+
+    @property
+    def nbytes(self) -> int:
+        return self._gate.nbytes + self._up.nbytes + self._down.nbytes
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[num_tokens, hidden] -> [num_tokens, hidden]; `residual` may be overwritten."""
+        return self._down.add(self._gate.silu(x).mul_(self._up(x)), residual)
+
+
+class Rope:
+    """Rotary embedding by complex products; angles are float32 whatever the model's dtype.
+
+    Source: RoFormer (arXiv 2104.09864); the llama3 frequency scaling follows the published Llama
+    3.1 configuration (wavelengths beyond the original context are stretched, with a smooth passage).
+    """
+
+    def __init__(self, spec: RopeSpec, max_len: int, device: torch.device) -> None:
+        self._spec = spec
+        frequencies = _frequencies(spec)
+        positions = torch.arange(max_len, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies)
+        self._rotations = torch.polar(torch.ones_like(angles), angles).to(device)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Rotations of these positions, complex64 [num_tokens, 1, dim / 2]: once a step."""
+        return self._rotations[positions].unsqueeze(1)
+
+    def __call__(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Rotates the first `dim` values of each head of x [num_tokens, num_heads, head_dim]."""
+        dim = self._spec.dim
+        if dim < x.shape[-1]:
+            return torch.cat((self._rotate(x[..., :dim], rotations), x[..., dim:]), -1)
+        return self._rotate(x, rotations)
+
+    def _rotate(self, x: Tensor, rotations: Tensor) -> Tensor:
+        wide = x.float()
+        if self._spec.interleaved:
+            pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+        half = self._spec.dim // 2
+        turned = torch.complex(wide[..., :half], wide[..., half:]) * rotations
+        return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+
+
+def _frequencies(spec: RopeSpec) -> Tensor:
+    """Angle per position of each pair, float32 [dim / 2]."""
+    exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
+    frequencies = 1.0 / (spec.theta**exponents)
+    if spec.scaling == "none":
+        return frequencies
+    if spec.scaling == "linear":
+        return frequencies / spec.factor
+    turns = spec.original_max_len * frequencies / (2 * math.pi)
+    share = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    share = share.clamp(0.0, 1.0)
+    return (1 - share) * frequencies / spec.factor + share * frequencies
