@@ -1,20 +1,29 @@
-"""GGUF file header: metadata and tensor table, checked against the file. No tensor is read.
+"""Strict reader of GGUF headers: metadata and tensor table, checked against the file's size.
 
-Torch- and numpy-free, because the router reads vocabularies and sizes with it and the engine maps
-tensors by it. Layout: the GGUF specification, versions 2 and 3, little-endian. Every count, length
-and offset is tested against the bytes that are really there before it is used.
+Owns nothing. Must not know what the metadata means, and never touches tensor data. A header is
+hostile until proven: every count is checked against the bytes left before anything is allocated.
+It is part of the contract between router and engine, because both read the same files: the router
+for vocabulary and sizes, the engine for the tensors' places. Free of torch and numpy.
+Format: the GGUF specification of the ggml project, versions 2 and 3.
+Why not the gguf package: its reader takes 2 s for a vocabulary of 49,000 pieces, this one 0.04 s.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 MAGIC = b"GGUF"
-_MAX_DIMENSIONS = 4
-_SCALARS = {
+
+Scalar = int | float | bool | str
+Value = Scalar | list[Scalar]
+
+_STRING, _ARRAY = 8, 9
+_SCALARS: dict[int, struct.Struct] = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
     2: struct.Struct("<H"),
@@ -27,161 +36,236 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-_STRING, _ARRAY = 8, 9
 _U32, _U64 = _SCALARS[4], _SCALARS[10]
 
-# ggml type id -> (values per block, bytes per block); the types that weights are found in.
-BLOCK_SIZES = {
-    0: (1, 4),  # F32
-    1: (1, 2),  # F16
-    2: (32, 18),  # Q4_0
-    3: (32, 20),  # Q4_1
-    6: (32, 22),  # Q5_0
-    7: (32, 24),  # Q5_1
-    8: (32, 34),  # Q8_0
-    9: (32, 36),  # Q8_1
-    10: (256, 84),  # Q2_K
-    11: (256, 110),  # Q3_K
-    12: (256, 144),  # Q4_K
-    13: (256, 176),  # Q5_K
-    14: (256, 210),  # Q6_K
-    30: (1, 2),  # BF16
+# ggml type -> (name, values per block, bytes per block)
+TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
 }
+
+_MAX_KEY_BYTES, _MAX_NAME_BYTES, _MAX_DIMENSIONS = 65_535, 1024, 8
+_MAX_ITEMS = 1 << 24  # of one array: far beyond any vocabulary
+_SMALLEST_FIELD, _SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 
 
 class GgufError(ValueError):
     """The file is no GGUF file that can be trusted; the text names the file and the fault."""
 
 
-class TensorInfo(NamedTuple):
-    """One tensor: `shape` in row-major order (rows first), `offset` from the file's start."""
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor; `shape` is innermost first, `offset` counts from the start of the file."""
 
+    name: str
     shape: tuple[int, ...]
-    kind: int  # ggml type id, see BLOCK_SIZES
+    type_name: str
     offset: int
-    nbytes: int
+    num_bytes: int
 
     @property
-    def size(self) -> int:
-        """Number of values."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+    def num_values(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
 
 
-class GgufHeader(NamedTuple):
-    """`metadata` values are int, float, bool, str or lists of them, by their GGUF key."""
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """`metadata` lacks the arrays of strings if they were left out on reading."""
 
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-
-
-def read_header(path: Path) -> GgufHeader:
-    """Raises `GgufError`, or OSError if the file cannot be opened."""
-    with path.open("rb") as file:
-        if path.stat().st_size < 24:
-            raise GgufError(f"{path.name}: too short for a GGUF file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Cursor(data).header()
-            except (struct.error, UnicodeDecodeError, _Bad) as error:
-                raise GgufError(f"{path.name}: not a sound GGUF file ({error})") from error
+    metadata: Mapping[str, Value]
+    tensors: tuple[GgufTensor, ...]
 
 
-class _Bad(ValueError):
-    """A fault inside the file; becomes a `GgufError` with the file's name."""
+def read_gguf(path: Path, *, texts: bool = True) -> GgufHeader:
+    """The header of a file; `texts=False` skips arrays of strings (vocabulary, merges).
+
+    Raises `GgufError` naming the file if it is no GGUF file, truncated or inconsistent.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data, texts).header()
+    except (OSError, ValueError) as error:
+        # ValueError: _Broken, or an empty file that cannot be mapped
+        raise GgufError(f"{path} is no usable GGUF file: {error}") from error
 
 
-class _Cursor:
-    """Reads forward; every read is bounded by the end of the file."""
+class _Broken(ValueError):
+    """What is wrong with the header."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+
+class _Reader:
+    """A cursor over the mapped file; every read is checked against the bytes left."""
+
+    def __init__(self, data: mmap.mmap, texts: bool) -> None:
         self._data = data
         self._at = 0
-        self._end = len(data)
+        self._texts = texts
 
     def header(self) -> GgufHeader:
-        if self._data[:4] != MAGIC:
-            raise _Bad("it does not begin with GGUF")
-        self._at = 4
-        version = self._scalar(_U32)
+        if self._bytes(4) != MAGIC:
+            raise _Broken("it does not begin with the letters GGUF")
+        version = self._u32()
         if version not in (2, 3):
-            raise _Bad(f"version {version} is not supported (2 and 3 are)")
-        num_tensors, num_keys = self._scalar(_U64), self._scalar(_U64)
-        self._expect(num_tensors * 24 + num_keys * 13)
-        metadata: dict[str, Any] = {}
-        for _ in range(num_keys):
-            key = self._string()
-            metadata[key] = self._value(self._scalar(_U32))
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
-            raise _Bad(f"alignment {alignment!r}")
-        return GgufHeader(metadata, self._tensors(num_tensors, alignment))
+            hint = " (big-endian files are not supported)" if version > 0xFFFF else ""
+            raise _Broken(f"its version is {version}, known are 2 and 3{hint}")
+        num_tensors, num_fields = self._u64(), self._u64()
+        self._need(num_fields, _SMALLEST_FIELD, "metadata fields")
+        metadata: dict[str, Value] = {}
+        for _ in range(num_fields):
+            self._field(metadata)
+        self._need(num_tensors, _SMALLEST_TENSOR, "tensors")
+        table = [self._tensor() for _ in range(num_tensors)]
+        return GgufHeader(metadata, self._placed(table, metadata.get("general.alignment", 32)))
 
-    def _tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
-        entries: list[tuple[str, tuple[int, ...], int, int]] = []
-        for _ in range(count):
-            name = self._string()
-            dimensions = self._scalar(_U32)
-            if not 1 <= dimensions <= _MAX_DIMENSIONS:
-                raise _Bad(f"tensor {name!r} has {dimensions} dimensions")
-            shape = tuple(reversed([self._scalar(_U64) for _ in range(dimensions)]))
-            entries.append((name, shape, self._scalar(_U32), self._scalar(_U64)))
-        base = -(-self._at // alignment) * alignment
-        tensors: dict[str, TensorInfo] = {}
-        for name, shape, kind, offset in entries:
-            info = TensorInfo(shape, kind, base + offset, _nbytes(name, shape, kind))
-            if offset % alignment or info.offset + info.nbytes > self._end:
-                raise _Bad(f"tensor {name!r} lies outside the file or is misaligned")
-            if name in tensors:
-                raise _Bad(f"tensor {name!r} occurs twice")
-            tensors[name] = info
-        return tensors
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
+    def _field(self, metadata: dict[str, Value]) -> None:
+        key = self._text(_MAX_KEY_BYTES)
+        if key in metadata:
+            raise _Broken(f"the key {key!r} appears twice")
+        kind = self._u32()
         if kind == _ARRAY:
-            inner, count = self._scalar(_U32), self._scalar(_U64)
-            if inner == _STRING:
-                self._expect(count * 8)
-                return [self._string() for _ in range(count)]
-            if inner not in _SCALARS:
-                raise _Bad(f"array of type {inner}")
-            unit = _SCALARS[inner]
-            self._expect(count * unit.size)
-            values = struct.unpack_from(f"<{count}{unit.format[-1]}", self._data, self._at)
-            self._at += count * unit.size
-            return list(values)
-        if kind not in _SCALARS:
-            raise _Bad(f"value of type {kind}")
-        return self._scalar(_SCALARS[kind])
+            values = self._array(key)
+            if values is not None:
+                metadata[key] = values
+        else:
+            metadata[key] = self._scalar(kind, key)
 
-    def _string(self) -> str:
-        length = self._scalar(_U64)
-        self._expect(length)
-        text = self._data[self._at : self._at + length].decode("utf-8")
-        self._at += length
-        return text
+    def _array(self, key: str) -> list[Scalar] | None:
+        kind, count = self._u32(), self._u64()
+        if count > _MAX_ITEMS:
+            raise _Broken(f"{key} has {count:,} items")
+        if kind == _STRING:
+            self._need(count, 8, f"texts in {key}")
+            parts = self._parts(count)
+            if self._texts:
+                return [part.decode("utf-8", "replace") for part in parts]
+            for _ in parts:
+                pass
+            return None
+        layout = _SCALARS.get(kind)
+        if layout is None:
+            raise _Broken(f"{key} is an array of the unknown type {kind}")
+        self._need(count, layout.size, f"values in {key}")
+        start = self._at
+        self._at += count * layout.size
+        return list(struct.unpack_from(f"<{count}{layout.format[-1]}", self._data, start))
 
-    def _scalar(self, unit: struct.Struct) -> Any:
-        (value,) = unit.unpack_from(self._data, self._at)
-        self._at += unit.size
+    def _parts(self, count: int) -> Iterator[bytes]:
+        """So many texts in a row; written out, as it is nine tenths of the time of a header."""
+        data, at, size, unpack = self._data, self._at, len(self._data), _U64.unpack_from
+        for _ in range(count):
+            if at + 8 > size:
+                raise _Broken("it ends in the middle of a list of texts")
+            start = at + 8
+            at = start + unpack(data, at)[0]
+            if at > size:
+                raise _Broken(f"a text of {at - start:,} bytes, {size - start:,} are left")
+            yield data[start:at]
+        self._at = at
+
+    def _scalar(self, kind: int, key: str) -> Scalar:
+        if kind == _STRING:
+            return self._text()
+        layout = _SCALARS.get(kind)
+        if layout is None:
+            raise _Broken(f"{key} has the unknown type {kind}")
+        return self._unpack(layout)
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._text(_MAX_NAME_BYTES)
+        num_dimensions = self._u32()
+        if not 0 < num_dimensions <= _MAX_DIMENSIONS:
+            raise _Broken(f"tensor {name!r} has {num_dimensions} dimensions")
+        shape = tuple(self._u64() for _ in range(num_dimensions))
+        return name, shape, self._u32(), self._u64()
+
+    def _placed(
+        self, table: list[tuple[str, tuple[int, ...], int, int]], alignment: Value
+    ) -> tuple[GgufTensor, ...]:
+        """Absolute offsets, after checking that each tensor lies in the file, apart from others."""
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+            raise _Broken(f"general.alignment is {alignment!r}")
+        base = -(-self._at // alignment) * alignment
+        tensors = [_sized(entry, base, alignment) for entry in table]
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise _Broken("two tensors have the same name")
+        end, last = base, ""
+        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                raise _Broken(f"tensors {last!r} and {tensor.name!r} overlap")
+            end, last = tensor.offset + tensor.num_bytes, tensor.name
+        if end > len(self._data) and tensors:
+            missing = end - len(self._data)
+            raise _Broken(f"{missing:,} bytes are missing at its end, was the download cut short?")
+        return tuple(tensors)
+
+    def _need(self, count: int, size: int, what: str) -> None:
+        left = len(self._data) - self._at
+        if count * size > left:
+            raise _Broken(f"it promises {count:,} {what} but only {left:,} bytes are left")
+
+    def _skip(self, count: int) -> None:
+        self._need(count, 1, "bytes of a text")
+        self._at += count
+
+    def _bytes(self, count: int) -> bytes:
+        start = self._at
+        self._skip(count)
+        return self._data[start : self._at]
+
+    def _text(self, limit: int | None = None) -> str:
+        count = self._u64()
+        if limit is not None and count > limit:
+            raise _Broken(f"a name of {count:,} bytes")
+        return self._bytes(count).decode("utf-8", "replace")
+
+    def _u32(self) -> int:
+        return int(self._unpack(_U32))
+
+    def _u64(self) -> int:
+        return int(self._unpack(_U64))
+
+    def _unpack(self, layout: struct.Struct) -> int | float | bool:
+        self._need(1, layout.size, "values")
+        value: int | float | bool = layout.unpack_from(self._data, self._at)[0]
+        self._at += layout.size
         return value
 
-    def _expect(self, nbytes: int) -> None:
-        if nbytes > self._end - self._at:
-            raise _Bad(f"{nbytes} bytes are announced, {self._end - self._at} are left")
 
-
-def _nbytes(name: str, shape: tuple[int, ...], kind: int) -> int:
-    if kind not in BLOCK_SIZES:
-        raise _Bad(f"tensor {name!r} has the unknown type {kind}")
-    values, nbytes = BLOCK_SIZES[kind]
-    if shape[-1] % values:
-        raise _Bad(f"tensor {name!r}: rows of {shape[-1]} are no whole blocks of {values}")
-    total = nbytes
-    for length in (*shape[:-1], shape[-1] // values):
-        total *= length
-    return total
+def _sized(entry: tuple[str, tuple[int, ...], int, int], base: int, alignment: int) -> GgufTensor:
+    name, shape, kind, offset = entry
+    if kind not in TENSOR_TYPES:
+        raise _Broken(f"tensor {name!r} has the unknown type {kind}")
+    type_name, values, size = TENSOR_TYPES[kind]
+    if shape[0] % values:
+        raise _Broken(f"tensor {name!r} has rows of {shape[0]} values, {type_name} needs {values}")
+    if offset % alignment:
+        raise _Broken(f"tensor {name!r} begins at {offset}, no multiple of {alignment}")
+    num_bytes = math.prod(shape) // values * size
+    return GgufTensor(name, shape, type_name, base + offset, num_bytes)

@@ -20,8 +20,8 @@ def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
     if blocks < per_sequence:
         need, have = per_sequence * block_bytes / 1e9, budget / 1e9
         raise NotEnoughMemory(
-            f"the KV cache of one sequence of {max_len} tokens needs {need:.2f} GB and {have:.2f} GB "
-            f"are given to it; pass --max-len {blocks * config.block_size} or a larger --kv-memory"
+            f"the KV cache of one sequence of {max_len} tokens needs {need:.2f} GB, it is given "
+            f"{have:.2f} GB; pass --max-len {blocks * config.block_size} or a larger --kv-memory"
         )
     return blocks
 

@@ -1,8 +1,8 @@
 """Logits -> next tokens, on the device, rows of a batch together.
 
 Pure functions of tensors. Randomness is a pure function of (seed, position): a request gives the
-same text whatever runs beside it, and can continue on another engine. Order as users of vLLM know it:
-bias and penalties on the raw logits, then temperature, min-p, top-k, top-p.
+same text whatever runs beside it, and can continue on another engine. Order as in vLLM: bias and
+penalties on the raw logits, then temperature, min-p, top-k, top-p.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelError
-from engine.gguf import GgufError, read_header
+from engine.gguf import GgufError, read_gguf
 from engine.models.registry import TensorSource
 
 
@@ -93,30 +93,33 @@ class GgufSource:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._header = read_header(path)
-        except (GgufError, OSError) as error:
+            header = read_gguf(path, texts=False)
+        except GgufError as error:
             raise ModelError(str(error)) from error
-        self._names = {_canonical(name): name for name in self._header.tensors}
+        self._metadata = header.metadata
+        self._tensors = {_canonical(tensor.name): tensor for tensor in header.tensors}
         self._data = np.memmap(path, mode="r", dtype=np.uint8)
         self.config = self._as_config()
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        original = self._names.get(name)
-        if original is None:
+        tensor = self._tensors.get(name)
+        if tensor is None:
             raise ModelError(f"weight {name} is missing from the GGUF file")
-        info = self._header.tensors[original]
-        raw = self._data[info.offset : info.offset + info.nbytes]
-        values = dequantize(raw.reshape(*info.shape[:-1], -1), GGMLQuantizationType(info.kind))
+        raw = self._data[tensor.offset : tensor.offset + tensor.num_bytes]
+        rows = raw.reshape(*reversed(tensor.shape[1:]), -1)
+        values = dequantize(rows, GGMLQuantizationType[tensor.type_name])
         return _check(name, torch.from_numpy(np.array(values, dtype=np.float32)), shape)
 
     def _as_config(self) -> Mapping[str, Any]:
         """The file's metadata under the keys of config.json."""
-        meta = self._header.metadata
+        meta = self._metadata
         family = meta.get("general.architecture")
         if family != "llama":
             raise ModelError(f"GGUF architecture {family!r} is not supported (llama is)")
         if meta.get("llama.rope.scaling.type", "none") != "none":
             raise ModelError("GGUF key llama.rope.scaling.type is not supported (none is)")
+
+        embedding = self._tensors.get("model.embed_tokens.weight")
 
         def read(key: str) -> Any:
             return meta.get(f"llama.{key}")
@@ -132,10 +135,8 @@ class GgufSource:
             "max_position_embeddings": read("context_length"),
             "rms_norm_eps": read("attention.layer_norm_rms_epsilon"),
             "rope_theta": read("rope.freq_base"),
-            "vocab_size": self._header.tensors["token_embd.weight"].shape[0]
-            if "token_embd.weight" in self._header.tensors
-            else None,
-            "tie_word_embeddings": "output.weight" not in self._header.tensors,
+            "vocab_size": embedding.shape[-1] if embedding else None,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "rope_interleaved": True,
             "dtype": "float32",
         }

@@ -48,8 +48,8 @@ class GatedMlp:
 class Rope:
     """Rotary embedding by complex products; angles are float32 whatever the model's dtype.
 
-    Source: RoFormer (arXiv 2104.09864); the llama3 frequency scaling follows the published Llama
-    3.1 configuration (wavelengths beyond the original context are stretched, with a smooth passage).
+    Source: RoFormer (arXiv 2104.09864); llama3 scaling as in the published Llama 3.1 configuration:
+    wavelengths beyond the original context are stretched, with a smooth passage.
     """
 
     def __init__(self, spec: RopeSpec, max_len: int, device: torch.device) -> None:

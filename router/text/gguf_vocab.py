@@ -1,0 +1,172 @@
+"""The vocabulary inside a GGUF file, rebuilt in memory for the tokenizers library.
+
+Owns nothing. Must not know tensors. Known is byte-level BPE (`tokenizer.ggml.model` = gpt2).
+The file names its pre-tokenizer by a word; what each word means is taken from llama.cpp
+(src/llama-vocab.cpp), which made the words up: its expressions, applied in the same order.
+
+`smollm` splits digits one by one before GPT-2's expression, as llama.cpp and the model's own
+tokenizer.json do. tests/golden/smollm2 was made without that step; its prompts give equal ids both
+ways (there is no piece of space + digit), but "a  2" would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from engine.gguf import Value
+from router.checkpoint.gguf import read_gguf
+from router.errors import EXIT_CONFIG, StartError
+from router.text.vocabulary import (
+    PieceStyle,
+    Vocabulary,
+    add_tokens,
+    make_anchor,
+    make_plain,
+    piece_table,
+    special_tokens,
+)
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _TAIL
+_QWEN2 = _WORDS + r"|\p{N}" + _TAIL
+
+
+@dataclass(frozen=True, slots=True)
+class _Pre:
+    """Expressions applied one after the other, each to the pieces that the one before left."""
+
+    splits: tuple[str, ...]
+    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a word that is a piece stays whole
+
+
+_PRE_TOKENIZERS: dict[str, _Pre] = {
+    **dict.fromkeys(("gpt-2", "mpt", "olmo", "jais", "phi-2"), _Pre((_GPT2,))),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"),
+        _Pre((r"\p{N}", _GPT2)),
+    ),
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "llama-bpe"), _Pre((_LLAMA3,), add_bos=True, ignore_merges=True)
+    ),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _Pre((_LLAMA3,))),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _Pre((_QWEN2,))),
+    "default": _Pre((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+}
+
+_CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4
+
+# GGUF has room for two end tokens only; these names end a turn wherever they are control tokens.
+_END_NAMES = frozenset(
+    (
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<｜end▁of▁sentence｜>",
+    )
+)
+
+
+def load_gguf_vocabulary(file: Path) -> Vocabulary:
+    """Raises `StartError` naming the file and what is missing, inconsistent or not known."""
+    metadata = read_gguf(file).metadata
+    try:
+        return _vocabulary(metadata)
+    except ValueError as error:
+        raise StartError(
+            f"the vocabulary in {file} cannot be used: {error}", EXIT_CONFIG
+        ) from error
+
+
+def _vocabulary(metadata: Mapping[str, Value]) -> Vocabulary:
+    model = metadata.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise ValueError(f"its kind is {model!r}, known is 'gpt2' (byte-level BPE)")
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    pre = _PRE_TOKENIZERS.get(str(name))
+    if pre is None:
+        raise ValueError(
+            f"its pre-tokenizer {name!r} is not known; known are {', '.join(_PRE_TOKENIZERS)}"
+        )
+    tokens = _texts(metadata, "tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ValueError("it has not one token type for each token")
+    parsing = _tokenizer(tokens, kinds, _texts(metadata, "merges"), pre)
+    anchor = make_anchor()
+    special = special_tokens(parsing)
+    bos_id = _id(metadata, "bos_token_id", len(tokens))
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)
+    return Vocabulary(
+        parsing=parsing,
+        plain=make_plain(parsing, anchor),
+        anchor=anchor,
+        pieces=piece_table(parsing, PieceStyle(byte_level=True)),
+        special=special,
+        bos_id=bos_id,
+        eos_ids=_eos_ids(metadata, special, len(tokens)),
+        prefix_ids=(bos_id,) if adds_bos and bos_id is not None else (),
+        unk_id=_id(metadata, "unknown_token_id", len(tokens)),
+    )
+
+
+def _tokenizer(
+    tokens: list[str], kinds: Sequence[object], merges: list[str], pre: _Pre
+) -> Tokenizer:
+    vocab = {token: number for number, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        raise ValueError(f"{len(tokens) - len(vocab)} of its tokens appear twice")
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not space or left not in vocab or right not in vocab or left + right not in vocab:
+            raise ValueError(f"its merge {merge!r} speaks of tokens that it has not")
+        pairs.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre.ignore_merges))
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
+    bytes_last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_last])
+    tokenizer.decoder = decoders.ByteLevel()
+    added = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
+    add_tokens(
+        tokenizer,
+        (
+            AddedToken(token, special=added[kind], normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if isinstance(kind, int) and kind in added and token
+        ),
+    )
+    return tokenizer
+
+
+def _texts(metadata: Mapping[str, Value], name: str) -> list[str]:
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"it has no {name}")
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"its {name} are no texts")
+    return [str(value) for value in values]
+
+
+def _id(metadata: Mapping[str, Value], name: str, vocab_size: int) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    return value if isinstance(value, int) and 0 <= value < vocab_size else None
+
+
+def _eos_ids(
+    metadata: Mapping[str, Value], special: Mapping[int, str], vocab_size: int
+) -> tuple[int, ...]:
+    named = [_id(metadata, f"{name}_token_id", vocab_size) for name in ("eos", "eot", "eom")]
+    ends = [number for number, text in special.items() if text in _END_NAMES]
+    return tuple(dict.fromkeys(token for token in [*named, *ends] if token is not None))

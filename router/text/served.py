@@ -1,0 +1,59 @@
+"""The models as clients name them: names, tokenizer, template, context length.
+
+Owns the table of names. Must not know engines, files or HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from router.errors import ModelNotFound
+from router.text.template import ChatTemplate
+from router.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model as clients see it. `names[0]` is its key in fleet, admission and metrics.
+
+    `max_len` bounds prompt and answer together; engines may report less.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    max_len: int
+    created_s: int  # unix time
+
+    @property
+    def name(self) -> str:
+        """The canonical name."""
+        return self.names[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: changes when answers may."""
+        facts = f"{self.name}:{self.max_len}:{self.tokenizer.vocab_size}"
+        return "fp_" + hashlib.blake2b(facts.encode(), digest_size=5).hexdigest()
+
+
+class ModelTable:
+    """All served models by each of their names. A name from a request is only ever a key here."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self.models = tuple(models)
+        self._by_name = {name: model for model in self.models for name in model.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order of the command line."""
+        return tuple(self._by_name)
+
+    def find(self, name: str) -> ServedModel:
+        """Raises ModelNotFound, which lists the names."""
+        model = self._by_name.get(name)
+        if model is None:
+            raise ModelNotFound(f"This model is not served here. Served: {', '.join(self.names)}.")
+        return model

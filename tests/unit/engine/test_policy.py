@@ -1,0 +1,78 @@
+"""engine.policy: each judgement by its table."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine import policy
+from engine.request import Sequence
+from tests.fakes import make_submit
+
+
+def sequence(number: int, *, priority: int = 0, tokens: list[int] | None = None) -> Sequence:
+    tokens = tokens or [1, 2, 3]
+    submit = make_submit(number, tokens, priority=priority)
+    return Sequence(submit, list(tokens), len(tokens) + 4, number, b"root")
+
+
+def test_order_is_priority_then_arrival() -> None:
+    late, early, urgent = sequence(2), sequence(1), sequence(3, priority=-1)
+    assert sorted([late, early, urgent], key=policy.admission_order) == [urgent, early, late]
+
+
+def test_the_victim_is_the_last_in_that_order() -> None:
+    late, early, lazy = sequence(2), sequence(1), sequence(0, priority=1)
+    assert policy.pick_victim([early, lazy, late]) is lazy
+    assert policy.pick_victim([late, early]) is late
+    assert policy.pick_victim([early]) is early
+    with pytest.raises(ValueError, match="empty"):
+        policy.pick_victim([])
+
+
+@pytest.mark.parametrize(("left", "budget", "chunk"), [(5, 8, 5), (8, 8, 8), (9, 8, 8), (9, 1, 1)])
+def test_a_chunk_fills_what_is_left(left: int, budget: int, chunk: int) -> None:
+    assert policy.split_chunk(left, budget) == chunk
+
+
+@pytest.mark.parametrize(("blocks", "reserve"), [(1, 1), (100, 1), (101, 2), (5000, 50)])
+def test_the_reserve_is_small_and_never_zero(blocks: int, reserve: int) -> None:
+    assert policy.admission_reserve(blocks) == reserve
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "worth"), [(0, 4, False), (1, 4, True), (3, 32, False), (4, 32, True)]
+)
+def test_tiny_copies_are_not_worth_a_launch(count: int, size: int, worth: bool) -> None:
+    assert policy.worth_copying(count, size) is worth
+
+
+@pytest.mark.parametrize(
+    ("other_tokens", "computed", "number", "soon"),
+    [
+        ([1, 2, 3, 4, 5], 0, 0, True),
+        ([1, 2, 3, 4], 3, 0, True),
+        ([1, 2, 3, 4, 5], 4, 0, False),  # it is there already
+        ([1, 2, 3, 9, 5], 0, 0, False),  # it is another one
+        ([1, 2, 3], 0, 0, False),  # it will not be full
+        ([1, 2, 3, 4, 5, 6, 7, 8], 4, 1, True),
+        ([1, 2, 3, 4, 5, 6, 7, 8], 0, 1, False),  # it does not share the block before
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], 8, 2, False),  # the last block wanted is not full
+    ],
+)
+def test_a_block_that_another_one_computes_comes_soon(
+    other_tokens: list[int], computed: int, number: int, soon: bool
+) -> None:
+    wanting = sequence(1, tokens=[1, 2, 3, 4, 5, 6, 7, 8, 9])
+    wanting.chain = [b"root", b"one", b"two"][: number + 1]
+    other = sequence(0, tokens=other_tokens)
+    other.chain = [b"root", b"one", b"two"][: computed // 4 + 1]
+    other.computed = computed
+    assert policy.comes_soon(wanting, number, 4, [other]) is soon
+
+
+def test_a_block_of_another_tenant_never_comes() -> None:
+    wanting, other = sequence(1, tokens=[1] * 9), sequence(0, tokens=[1] * 9)
+    other.chain = [b"another root"]
+    assert not policy.comes_soon(wanting, 0, 4, [other])
+    other.chain = [b"root"]
+    assert policy.comes_soon(wanting, 0, 4, [other])
