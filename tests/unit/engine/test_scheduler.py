@@ -174,6 +174,14 @@ def test_the_next_turn_of_a_chat_reuses_the_answer_too() -> None:
     expect(driver, first, turn)
 
 
+def test_the_start_of_a_text_stays_cached_longest() -> None:
+    driver = Driver(make_limits(num_blocks=4, vocab_size=50, max_len=17), step_tokens=20)
+    for number, prompt in enumerate(([*range(1, 13)], [30] * 8, [*range(1, 13)])):
+        driver.submit(make_submit(number, prompt, 1))
+        driver.run()
+    assert driver.answers[2].started == [Started(2, 8)], "the one block lost was the last one"
+
+
 def test_salted_prompts_are_not_shared() -> None:
     driver = Driver(step_tokens=20)
     for number, salt in enumerate((b"a", b"b", b"a")):
