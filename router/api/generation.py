@@ -1,0 +1,129 @@
+"""What the generating routes share: the model, the prompt's tokens, the request's own data.
+
+Owns nothing but references. Must not know the JSON of any route.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Final
+
+from starlette.types import Scope
+
+from router.api.schemas import GenerationRequest
+from router.errors import BadRequest, ContextLengthExceeded
+from router.flow import Flow, Job, Progress, RequestRecord
+from router.text.pool import TextPool
+from router.text.served import ModelTable, ServedModel
+
+# Keys of the ASGI scope, set by the boundary and by the key check.
+RECORD: Final = "router.record"
+TENANT: Final = "router.tenant"
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of the request, made by the boundary."""
+    record: RequestRecord = scope[RECORD]
+    return record
+
+
+def salt_of(scope: Scope, request: GenerationRequest) -> bytes:
+    """What keeps this request's cached prompts apart: the key's tenant, and the client's salt."""
+    tenant: bytes = scope.get(TENANT, b"")
+    return tenant + (request.cache_salt or "").encode()
+
+
+def new_id(prefix: str) -> str:
+    """A unique id for one answer."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+class Generations:
+    """The steps that chats and completions have in common, over one set of models."""
+
+    def __init__(self, models: ModelTable, flow: Flow, pool: TextPool) -> None:
+        self._models = models
+        self._flow = flow
+        self._pool = pool
+
+    def model(self, name: str) -> ServedModel:
+        """Raises ModelNotFound."""
+        return self._models.find(name)
+
+    async def encode(
+        self,
+        model: ServedModel,
+        prompts: Sequence[str | list[int]],
+        *,
+        add_special: bool,
+        parse_special: bool = True,
+    ) -> tuple[list[int], ...]:
+        """Token ids of each prompt; token lists stay as they are. Raises ContextLengthExceeded."""
+        tokenizer = model.tokenizer
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                _refuse_endless(model, len(prompt), param="prompt")
+
+        def work() -> tuple[list[int], ...]:
+            return tuple(
+                tokenizer.encode(prompt, add_special=add_special, parse_special=parse_special)
+                if isinstance(prompt, str)
+                else prompt
+                for prompt in prompts
+            )
+
+        if all(isinstance(prompt, list) for prompt in prompts):
+            return work()
+        return await self._pool.run(work)
+
+    async def render(
+        self,
+        model: ServedModel,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final: bool,
+        kwargs: dict[str, Any],
+    ) -> list[int]:
+        """Template and tokenizer in one hop. Raises BadRequest, also when the template refuses."""
+        template = model.template
+        if template is None:
+            raise BadRequest(
+                f"The model '{model.name}' has no chat template; use /v1/completions.",
+                param="messages",
+                code="chat_template_missing",
+            )
+
+        num_chars = sum(len(message["content"]) for message in messages)
+        _refuse_endless(model, num_chars, param="messages")
+
+        def work() -> list[int]:
+            return template.render_tokens(
+                messages,
+                tools=None,
+                add_generation_prompt=add_generation_prompt,
+                continue_final=continue_final,
+                kwargs=kwargs,
+                tokenizer=model.tokenizer,
+            )
+
+        return await self._pool.run(work)
+
+    def check_room(self, model: ServedModel, prompt: Sequence[int], *, param: str) -> None:
+        """Raises ContextLengthExceeded unless one more token fits."""
+        self._flow.check_room(model, len(prompt), param=param)
+
+    def run(self, job: Job) -> AsyncGenerator[list[Progress], None]:
+        """The life of the job; see `Flow.generate`."""
+        return self._flow.generate(job)
+
+
+def _refuse_endless(model: ServedModel, num_chars: int, *, param: str) -> None:
+    """Refuses what cannot fit before it costs a thread seconds to tokenize."""
+    if num_chars > model.max_chars:
+        raise ContextLengthExceeded(
+            f"This model's context length is {model.max_len} tokens; the prompt has {num_chars} "
+            "characters, far more than can fit.",
+            param=param,
+        )

@@ -1,0 +1,143 @@
+"""Request bodies and answers at the ASGI level.
+
+Owns the body limit, the content-type rule and the watch for clients that leave. Must not know what
+is in a body, nor any engine. Nothing here is per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from router.errors import (
+    BadRequest,
+    ClientGone,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+
+MAX_BODY_BYTES: Final = 32 * 1024 * 1024
+STALL_S: Final = 30.0  # a client that reads nothing for so long is as good as gone
+REPLY: Final = "router.reply"  # key of the ASGI scope, set by the boundary
+
+T = TypeVar("T")
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first value of header `name` (lower case), as latin-1 text."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value).decode("latin-1")
+    return None
+
+
+async def read_json_body(scope: Scope, receive: Receive) -> bytes:
+    """The whole body, at most MAX_BODY_BYTES of it.
+
+    Raises UnsupportedMediaType, PayloadTooLarge (before more is read), ClientGone.
+    """
+    media_type = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaType(
+            "Send the body as JSON, with the header Content-Type: application/json."
+        )
+    if (header(scope, b"content-encoding") or "identity").lower() != "identity":
+        raise UnsupportedMediaType("Compressed request bodies are not supported.")
+    announced = header(scope, b"content-length") or "0"
+    if not announced.isdecimal():
+        raise BadRequest("The Content-Length header is not a number.")
+    if len(announced) > 12 or int(announced) > MAX_BODY_BYTES:
+        raise _too_large()
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise _too_large()
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"The body is larger than {MAX_BODY_BYTES // 2**20} MiB.")
+
+
+class Reply:
+    """An ASGI `send` that adds the common headers and remembers what has gone out."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self._num_begun = 0  # messages given to the server
+        self._num_taken = 0  # messages that it took; it waits while the client does not read
+        self._num_seen = -1
+        self.status = 0  # 0 until the headers are out
+        self.is_stream = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            self.status = message["status"]
+            self.is_stream = any(value.startswith(b"text/event-stream") for _, value in headers)
+            headers += [
+                (b"x-request-id", self._request_id.encode("latin-1")),
+                (b"x-content-type-options", b"nosniff"),
+            ]
+            message = {**message, "headers": headers}
+        self._num_begun += 1
+        await self._send(message)
+        self._num_taken += 1
+
+    def is_stuck(self) -> bool:
+        """The same message waits for the client as at the last call."""
+        stuck = self._num_begun != self._num_taken and self._num_begun == self._num_seen
+        self._num_seen = self._num_begun
+        return stuck
+
+
+async def while_connected(
+    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], stall_s: float = STALL_S
+) -> T:
+    """Runs `work` to its end, unless the client leaves, or reads nothing for 1 to 2 `stall_s`.
+
+    Then `work` is cancelled, and has ended when this raises ClientGone.
+    """
+    reply: Reply = scope[REPLY]
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(receive))
+    try:
+        while not task.done():
+            await asyncio.wait((task, watch), timeout=stall_s, return_when="FIRST_COMPLETED")
+            if not task.done() and (watch.done() or reply.is_stuck()):
+                raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_json(send: Send, value: Any, status: int = 200) -> None:
+    """One JSON answer."""
+    await send_bytes(send, msgspec.json.encode(value), b"application/json", status)
+
+
+async def send_bytes(send: Send, body: bytes, content_type: bytes, status: int = 200) -> None:
+    """One whole answer."""
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,356 @@
+"""The `router` command: arguments -> configs -> objects -> run. The only wiring of the router.
+
+Heavy imports happen inside `serve` and `check`, so that `router --help` and wrong command lines
+answer at once. No environment is read below this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from router.arguments import Invocation, parse
+from router.config import Placement, RouterConfig, place
+from router.errors import EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, StartError
+
+if TYPE_CHECKING:
+    import socket
+
+    from router.admission import Admission
+    from router.devices import Card
+    from router.fleet import Fleet
+    from router.link import IpcLink
+    from router.logs import BackgroundLines
+    from router.memory import Demand, EnginePlan
+    from router.sources import ModelSource
+    from router.supervisor import EngineSpec
+    from router.text.served import ServedModel
+
+DEFAULT_ENGINE = ("-m", "engine.main")
+
+
+class Plan(NamedTuple):
+    """What would be started: per replica its model (by position in `models`) and its engine."""
+
+    models: list[ModelSource]
+    replicas: list[Placement]
+    engines: list[EnginePlan]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code; a StartError becomes one sentence on standard error.
+
+    As a command (`words` None) it leaves the process itself: nobody waits for threads that still
+    work on a text, or that write to a standard error which nobody reads.
+    """
+    code = run(sys.argv[1:] if words is None else words)
+    if words is None:
+        for file in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                file.flush()
+        os._exit(code)
+    return code
+
+
+def run(words: Sequence[str]) -> int:
+    """One command line; returns the exit code."""
+    try:
+        invocation = parse(words, os.environ)
+        if invocation.command == "check":
+            return check(invocation, os.environ)
+        return serve(invocation, os.environ)
+    except StartError as error:
+        sys.stderr.write(f"router: {error.message}\n")
+        return error.code
+    except KeyboardInterrupt:  # a signal while nothing was started yet
+        return EXIT_OK
+
+
+def check(invocation: Invocation, environ: Mapping[str, str]) -> int:
+    """Prints the memory plan. Raises StartError where `serve` would."""
+    plan = make_plan(invocation.config, environ)
+    out = [f"not needed: {old} -> {new}" for old, new in invocation.notes]
+    for replica, engine in zip(plan.replicas, plan.engines, strict=True):
+        names = " | ".join(plan.models[replica.model].names)
+        out.append(
+            f"{names} on {replica.device}: {engine.dtype}, weights {_mb(engine.weights_bytes)}, "
+            f"KV cache {_mb(engine.kv_bytes)} ({engine.num_blocks} blocks), "
+            f"{engine.max_len} tokens per request, in all {_mb(engine.total_bytes)}"
+        )
+    sys.stdout.write("\n".join([*out, "all of this fits; nothing was started", ""]))
+    return 0
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes else "as the engine decides"
+
+
+def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
+    """Serves until a signal; returns the exit code."""
+    from router import lifecycle, logs
+    from router.link import IpcLink
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the lifecycle takes over
+    config = invocation.config
+    plan = make_plan(config, environ)
+    lines = logs.start(config.log_format, config.log_level)
+    link = IpcLink()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lines.stop)
+        listener = stack.enter_context(_bind(config.http.host, config.http.port))
+        stack.callback(link.close)
+        for old, new in invocation.notes:
+            logs.warning("flag_renamed", old=old, new=new)
+        lifecycle.raise_descriptor_limit()
+        specs = _specs(config, plan, environ, _open(link, environ))
+        models = [_served_model(source, plan, i) for i, source in enumerate(plan.models)]
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_run(config, models, specs, link, listener, lines))
+
+
+def _open(link: IpcLink, environ: Mapping[str, str]) -> str:
+    """The engines' endpoint, in a folder whose path is short."""
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    folders = [Path(runtime)] if runtime else []
+    try:
+        return link.open([*folders, Path("/tmp")])
+    except OSError as error:
+        raise StartError(str(error), EXIT_UNAVAILABLE) from error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    from router.lifecycle import bind
+
+    try:
+        return bind(host, port)
+    except OSError as error:
+        if error.errno is not None and os.strerror(error.errno).startswith("Address already"):
+            text = f"port {port} is in use: stop what listens there, or give another --port"
+        else:
+            text = f"cannot listen on {host} port {port}: {error.strerror or error}"
+        raise StartError(text, EXIT_UNAVAILABLE) from error
+
+
+# -- the plan
+
+
+def make_plan(config: RouterConfig, environ: Mapping[str, str]) -> Plan:
+    """Finds devices and models, places them, and checks that they fit. Starts nothing.
+
+    Raises StartError.
+    """
+    from router.devices import choose_devices, find_cards
+    from router.memory import plan as plan_memory
+
+    asked = config.gpus
+    cards = [] if asked and set(asked) == {"cpu"} else find_cards()
+    devices = choose_devices(asked, cards, environ.get("CUDA_VISIBLE_DEVICES"))
+    try:
+        placements = place(config.models, devices)
+    except ValueError as error:
+        raise StartError(str(error), EXIT_USAGE) from error
+    models, replicas = _merge(_sources(config, environ), placements)
+    memory = plan_memory(_demands(config, models, replicas), _free_bytes(devices, cards))
+    return Plan(models, replicas, list(memory.engines))
+
+
+def _sources(config: RouterConfig, environ: Mapping[str, str]) -> list[ModelSource]:
+    from router.sources import hub_cache_dir, resolve
+
+    real = config.engine.load_format != "dummy" and not config.engine.command
+    return [
+        resolve(
+            model.source,
+            names=model.names,
+            model_dir=Path(config.model_dir) if config.model_dir else None,
+            hub_cache=hub_cache_dir(environ),
+            needs_weights=real,
+        )
+        for model in config.models
+    ]
+
+
+def _merge(
+    sources: list[ModelSource], placements: Sequence[Placement]
+) -> tuple[list[ModelSource], list[Placement]]:
+    """The same model named twice is one model with more replicas.
+
+    Raises StartError when one name means two models.
+    """
+    models: list[ModelSource] = []
+    position: dict[int, int] = {}
+    for i, source in enumerate(sources):
+        same = [j for j, m in enumerate(models) if (m.names, m.path) == (source.names, source.path)]
+        taken = {name for model in models for name in model.names} & set(source.names)
+        if taken and not same:
+            raise StartError(
+                f"--models: '{min(taken)}' would name two models; write NAME=SOURCE", EXIT_USAGE
+            )
+        if not same:
+            models.append(source)
+        position[i] = same[0] if same else len(models) - 1
+    replicas = [Placement(position[p.model], p.device) for p in placements]
+    return models, replicas
+
+
+def _demands(
+    config: RouterConfig, models: list[ModelSource], replicas: list[Placement]
+) -> list[Demand]:
+    from router.memory import Demand
+
+    engine = config.engine
+    return [
+        Demand(
+            name=models[replica.model].names[0],
+            checkpoint=models[replica.model].checkpoint,
+            device=replica.device,
+            dtype=engine.dtype,
+            quant=engine.quant,
+            max_len=engine.max_len,
+            max_batch=engine.max_batch,
+            num_blocks=engine.num_blocks,
+            kv_bytes=engine.kv_bytes,
+        )
+        for replica in replicas
+    ]
+
+
+def _free_bytes(devices: Sequence[str], cards: list[Card]) -> dict[str, int]:
+    from router.devices import free_bytes_of
+    from router.memory import free_memory_bytes
+
+    known = {
+        device: free_memory_bytes() if device == "cpu" else free_bytes_of(device, cards)
+        for device in devices
+    }
+    return {device: free for device, free in known.items() if free}
+
+
+# -- the objects
+
+
+def _served_model(source: ModelSource, plan: Plan, position: int) -> ServedModel:
+    from router.text.model import load_text
+    from router.text.served import ServedModel
+
+    text = load_text(source.path)
+    lengths = [
+        engine.max_len
+        for replica, engine in zip(plan.replicas, plan.engines, strict=True)
+        if replica.model == position
+    ]
+    return ServedModel(
+        names=source.names,
+        tokenizer=text.tokenizer,
+        template=text.template,
+        max_len=min(lengths),
+        created_s=int(time.time()),
+    )
+
+
+def _specs(
+    config: RouterConfig, plan: Plan, environ: Mapping[str, str], endpoint: str
+) -> list[EngineSpec]:
+    from engine.config import EngineConfig
+    from router.supervisor import EngineSpec, available_cores, engine_environment, plan_threads
+
+    options = config.engine
+    threads = plan_threads(available_cores(), len(plan.replicas), options.threads)
+    specs: list[EngineSpec] = []
+    for index, (replica, engine) in enumerate(zip(plan.replicas, plan.engines, strict=True)):
+        source = plan.models[replica.model]
+        orders = EngineConfig(
+            endpoint=endpoint,
+            replica=index,
+            epoch=0,
+            model=str(source.path),
+            device="cpu" if replica.device == "cpu" else "cuda:0",
+            threads=threads,
+            dtype=options.dtype,
+            quant=options.quant,
+            load_format=options.load_format,
+            max_len=engine.max_len,
+            num_blocks=engine.num_blocks,
+            kv_bytes=engine.kv_bytes,
+            max_batch=options.max_batch,
+            step_tokens=options.step_tokens,
+            prefix_cache=options.prefix_cache,
+        )
+        environment = engine_environment(environ, threads=threads, device=replica.device)
+        command = options.command or (sys.executable, *DEFAULT_ENGINE)
+        specs.append(EngineSpec(source.names[0], command, environment, orders))
+    return specs
+
+
+async def _run(
+    config: RouterConfig,
+    models: list[ServedModel],
+    specs: list[EngineSpec],
+    link: IpcLink,
+    listener: socket.socket,
+    lines: BackgroundLines,
+) -> int:
+    from router.app import Parts, build_app
+    from router.fleet import Fleet
+    from router.flow import Flow, FlowSettings
+    from router.lifecycle import Lifecycle
+    from router.metrics import Metrics, QueueSample
+    from router.streams import StreamTable
+    from router.supervisor import Supervisor
+    from router.text.pool import TextPool
+    from router.text.served import ModelTable
+
+    limits = config.limits
+    metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
+    table = StreamTable()
+    fleet = Fleet([spec.model for spec in specs], table, link, metrics, time.monotonic)
+    admission = _admission(config, models, fleet)
+    supervisor = Supervisor(specs, fleet, metrics, on_fatal=limits.on_fatal, clock=time.monotonic)
+    life = Lifecycle(fleet, link, supervisor, admission, table, metrics)
+    metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
+    metrics.add_replicas(fleet.samples)
+    metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
+    pool = TextPool()
+    settings = FlowSettings(limits.request_timeout_s, max_concurrency=limits.max_concurrency)
+    flow = Flow(fleet, admission, metrics, settings, time.monotonic)
+    parts = Parts(ModelTable(models), flow, pool, metrics, life, config.http.api_keys)
+    try:
+        return await life.run(
+            build_app(parts),
+            listener,
+            drain_timeout_s=limits.drain_timeout_s,
+            hang_timeout_s=limits.hang_timeout_s,
+        )
+    finally:
+        pool.close()
+
+
+def _admission(config: RouterConfig, models: list[ServedModel], fleet: Fleet) -> Admission:
+    from router.admission import Admission, Gate
+
+    def gate(name: str) -> Gate:
+        def permits() -> int:
+            return fleet.ready_count(name) * config.limits.max_concurrency
+
+        return Gate(name, config.limits.max_queue, permits, time.monotonic)
+
+    return Admission([gate(model.name) for model in models])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Which devices this machine has, found without torch and without a CUDA context.
+
+Owns the reading of the driver's own tool. Must not know models or engines.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from router.errors import EXIT_UNAVAILABLE, StartError
+
+QUERY_LIMIT_S = 10.0
+
+
+class Card(NamedTuple):
+    """One GPU. `number` counts in PCI bus order, as nvidia-smi does."""
+
+    number: str
+    uuid: str
+    name: str
+    free_bytes: int
+
+
+def find_cards(dev: Path = Path("/dev"), tool: str = "nvidia-smi") -> list[Card]:
+    """All GPUs of this machine; costs nothing where there are none."""
+    command = shutil.which(tool)
+    if command is None or not (any(dev.glob("nvidia[0-9]*")) or (dev / "dxg").exists()):
+        return []
+    query = "--query-gpu=index,uuid,name,memory.free"
+    try:
+        answer = subprocess.run(
+            [command, query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=QUERY_LIMIT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_cards(answer.stdout)
+
+
+def parse_cards(text: str) -> list[Card]:
+    """Lines of `index, uuid, name, free MiB`; others are skipped."""
+    cards: list[Card] = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 4 and parts[0].isdigit():
+            free_mib = int(parts[3]) if parts[3].isdigit() else 0
+            cards.append(Card(parts[0], parts[1], parts[2], free_mib * 1024 * 1024))
+    return cards
+
+
+def choose_devices(
+    asked: tuple[str, ...], cards: list[Card], visible: str | None
+) -> tuple[str, ...]:
+    """The devices to use: "cpu", or what CUDA_VISIBLE_DEVICES takes.
+
+    Nothing asked: all cards (of `visible`, an inherited CUDA_VISIBLE_DEVICES), else one CPU.
+    Raises StartError 69 for a card that is not there.
+    """
+    if not asked:
+        known = [card.number for card in cards]
+        if visible is not None:
+            masked = [entry.strip() for entry in visible.split(",") if entry.strip()]
+            known = [entry for entry in masked if _find(entry, cards)]
+        return tuple(known) or ("cpu",)
+    for device in asked:
+        if device != "cpu" and not _find(device, cards):
+            have = ", ".join(card.number for card in cards) or "none"
+            raise StartError(
+                f"--gpus: there is no GPU '{device}' on this machine (found: {have}); "
+                "name one of those, or 'cpu'",
+                EXIT_UNAVAILABLE,
+            )
+    return asked
+
+
+def free_bytes_of(device: str, cards: list[Card]) -> int:
+    """Free memory of a card; 0 if not known."""
+    card = _find(device, cards)
+    return card.free_bytes if card else 0
+
+
+def _find(device: str, cards: list[Card]) -> Card | None:
+    """By index, or by UUID (a prefix of it is enough, as CUDA takes it). MIG parts are trusted."""
+    for card in cards:
+        if device == card.number or (len(device) > 4 and card.uuid.startswith(device)):
+            return card
+    if device.startswith("MIG-") and cards:
+        return Card(device, device, "MIG", 0)
+    return None

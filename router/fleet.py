@@ -1,0 +1,381 @@
+"""The engines as the router sees them: one state machine per replica, and the work they hold.
+
+Owns the replica states and epochs, and every message to and from an engine. Must not know
+processes (the supervisor starts and kills them), text or HTTP. Time is a parameter, and sockets
+are behind `EngineLink`, so all of it is tested without either.
+
+    start        Ready        drain
+    ----> starting --> ready --> draining
+              \\          |          /
+               `----- lose ---------'--> restarting --start--> starting
+                                     `-> parked (terminal until started by hand)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final, Literal, Protocol
+
+from engine import protocol
+from engine.protocol import Finish, Limits, Sampling, Stats
+from router import logs
+from router.errors import EXIT_CONFIG, Overloaded
+from router.metrics import Metrics, ReplicaSample
+from router.streams import ReplicaState, ReplicaView, Stream, StreamTable, deliver
+
+FIRST_FRAME_LIMIT_S: Final = 600.0  # imports on a slow disk; exit and end-of-file come at once
+BUSY_FACTOR: Final = 10.0  # an announced silence may take this much longer than announced
+BAD_FRAME_LOG_S: Final = 60.0
+
+ADVICE: Final[dict[ReplicaState, str]] = {
+    "starting": "it is still loading, try again soon",
+    "ready": "try again",
+    "draining": "the server is stopping",
+    "restarting": "its engine is being restarted, try again soon",
+    "parked": "its engine failed repeatedly and needs the operator",
+}
+
+SendResult = Literal["sent", "full", "gone"]
+
+
+class EngineLink(Protocol):
+    """A way to reach engines. `send` never waits: "full" means try later, "gone" nobody there."""
+
+    def send(self, identity: bytes, frame: bytes) -> SendResult: ...
+
+
+class Orders(Protocol):
+    """What a `Submit` says beside the tokens; it stays the same when a stream is continued."""
+
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def salt(self) -> bytes: ...
+    @property
+    def priority(self) -> int: ...
+
+
+class Replica:
+    """One engine slot. Only the fleet changes it."""
+
+    def __init__(self, index: int, model: str) -> None:
+        self.index = index
+        self.model = model
+        self.state: ReplicaState = "restarting"  # not started yet
+        self.since_s = 0.0
+        self.epoch = 0
+        self.identity = b""
+        self.limits: Limits | None = None
+        self.stats = Stats()
+        self.submitted = 0
+        self.heard_s = 0.0  # last frame of this epoch, or the moment its work began
+        self.patience_s = 0.0  # how long it may be silent beyond the usual, as announced
+        self.ping_n = 0
+        self.ping_s: float | None = None  # when the oldest unanswered ping was sent
+        self.outbox: deque[bytes] = deque()  # frames that found the socket full
+        self.fatal: tuple[str, int] | None = None  # its own last words
+        self.reason = "not started"
+
+
+class Fleet:
+    """All replicas. `subscribe` tells of each change of state.
+
+    Who hears that a replica is "restarting" while its process still runs must kill that process.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[str],
+        table: StreamTable,
+        link: EngineLink,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        """The i-th of `models` is the model of replica i; `clock` gives monotonic seconds."""
+        self.replicas = [Replica(index, model) for index, model in enumerate(models)]
+        self._table = table
+        self._link = link
+        self._metrics = metrics
+        self._clock = clock
+        self._of_identity: dict[bytes, Replica] = {}
+        self._listeners: list[Callable[[Replica], None]] = []
+        self._bad_frame_logged_s = float("-inf")
+        self._bad_frames_unlogged = 0
+
+    # -- what others may know
+
+    def subscribe(self, listener: Callable[[Replica], None]) -> None:
+        """`listener(replica)` is called after each change of a state."""
+        self._listeners.append(listener)
+
+    def of_model(self, model: str) -> list[Replica]:
+        """The replicas of one model."""
+        return [replica for replica in self.replicas if replica.model == model]
+
+    def views(self, model: str) -> list[ReplicaView]:
+        """The model's replicas now, as values to choose from."""
+        return [self._view(replica) for replica in self.of_model(model)]
+
+    def _view(self, r: Replica) -> ReplicaView:
+        requests, tokens = self._table.load(r.index)
+        return ReplicaView(r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits)
+
+    def ready_count(self, model: str) -> int:
+        """How many replicas of it may be given work."""
+        return sum(replica.state == "ready" for replica in self.of_model(model))
+
+    def samples(self) -> list[ReplicaSample]:
+        """Numbers for a scrape."""
+        now = self._clock()
+        samples: list[ReplicaSample] = []
+        for r in self.replicas:
+            running = len(self._table.of_replica(r.index))
+            age_s = now - r.heard_s if running else 0.0
+            block_size = r.limits.block_size if r.limits else 0
+            samples.append(
+                ReplicaSample(r.model, r.index, r.state, running, age_s, block_size, r.stats)
+            )
+        return samples
+
+    def unavailable(self, model: str) -> Overloaded:
+        """The answer while no replica is ready: which model, in which state, since when."""
+        best = min(self.of_model(model), key=lambda replica: replica.state == "parked")
+        since_s = max(0.0, self._clock() - best.since_s)
+        return Overloaded(
+            f"Model '{model}' is {best.state} since {since_s:.0f} s: {ADVICE[best.state]}.",
+            retry_after_s=30 if best.state == "parked" else 2,
+        )
+
+    # -- the life of a replica
+
+    def start(self, index: int, epoch: int, identity: bytes) -> None:
+        """A process was started for it. What an earlier epoch says is stale from now on."""
+        replica = self.replicas[index]
+        self._of_identity.pop(replica.identity, None)
+        self._of_identity[identity] = replica
+        replica.epoch = epoch
+        replica.identity = identity
+        replica.stats = Stats()
+        replica.fatal = None
+        replica.outbox.clear()
+        replica.ping_s = None
+        replica.heard_s = self._clock()
+        replica.patience_s = FIRST_FRAME_LIMIT_S
+        self._change(replica, "starting", "")
+
+    def lose(self, index: int, reason: str) -> list[Stream]:
+        """Its process is gone or condemned: its streams end as lost, and are returned."""
+        replica = self.replicas[index]
+        self._of_identity.pop(replica.identity, None)
+        replica.outbox.clear()
+        lost = list(self._table.of_replica(index).values())
+        if replica.state not in ("restarting", "parked"):
+            self._change(replica, "restarting", reason)
+        for stream in lost:
+            stream.deaths += 1
+            self._table.release(stream)
+            stream.end(Finish(stream.id, "error", f"engine lost: {reason}"), lost=True)
+        return lost
+
+    def park(self, index: int, reason: str) -> None:
+        """It is not started again by itself."""
+        self._change(self.replicas[index], "parked", reason)
+
+    def last_words(self, index: int) -> tuple[str, int] | None:
+        """(reason, exit code) that its engine announced, if it did."""
+        return self.replicas[index].fatal
+
+    def drain(self) -> None:
+        """All engines finish what they have; no replica takes new work."""
+        for replica in self.replicas:
+            if replica.state == "ready":
+                self._change(replica, "draining", "shutdown")
+                self._post(replica, protocol.Drain(replica.epoch))
+
+    def _change(self, replica: Replica, state: ReplicaState, reason: str) -> None:
+        replica.state = state
+        replica.since_s = self._clock()
+        replica.reason = reason
+        for listener in self._listeners:
+            listener(replica)
+
+    # -- work
+
+    def open(self, prompt: list[int], max_new: int, event: asyncio.Event | None = None) -> Stream:
+        """A stream that no engine works on yet; to be closed by its opener."""
+        return self._table.open(prompt, max_new, event)
+
+    def submit(self, stream: Stream, replica: int, placement: Orders) -> bool:
+        """Give it, with its tokens so far, to a replica. False if that one is just gone."""
+        chosen = self.replicas[replica]
+        if chosen.state != "ready":
+            return False
+        now = self._clock()
+        if not self._table.of_replica(replica):
+            chosen.heard_s = now  # an idle engine owes progress from here on
+            chosen.patience_s = 0.0
+        message = protocol.Submit(
+            epoch=chosen.epoch,
+            id=stream.id,
+            tokens=protocol.pack_tokens([*stream.prompt, *stream.tokens]),
+            sampling=placement.sampling,
+            max_new=stream.max_new - len(stream.tokens),
+            stop_ids=placement.stop_ids,
+            salt=placement.salt,
+            priority=placement.priority,
+            num_prompt=len(stream.prompt),
+        )
+        if not self._post(chosen, message):
+            return False
+        self._table.assign(stream, replica)
+        chosen.submitted += 1
+        if stream.submitted_s is None:
+            stream.submitted_s = now
+        return True
+
+    def close(self, stream: Stream) -> None:
+        """Forget the stream, and abort it if an engine still works on it. May be called twice."""
+        self._abort(stream)
+        self._table.close(stream)
+
+    def cut(self, stream: Stream, reason: str) -> None:
+        """End the stream now with an error, wherever it is."""
+        self._abort(stream)
+        stream.end(Finish(stream.id, "error", reason))
+
+    def _abort(self, stream: Stream) -> None:
+        index = stream.replica
+        if index is None:
+            return
+        self._table.release(stream)
+        replica = self.replicas[index]
+        if replica.state in ("ready", "draining"):
+            self._post(replica, protocol.Abort(replica.epoch, (stream.id,)))
+
+    def _post(self, replica: Replica, message: protocol.ToEngine) -> bool:
+        replica.outbox.append(protocol.encode(message))
+        return self._flush(replica)
+
+    def _flush(self, replica: Replica) -> bool:
+        """Send what waits, in order, as far as the socket takes it; False if nobody is there."""
+        while replica.outbox:
+            result = self._link.send(replica.identity, replica.outbox[0])
+            if result == "full":
+                break
+            if result == "gone":
+                self.lose(replica.index, "its socket is gone")
+                return False
+            replica.outbox.popleft()
+        return True
+
+    # -- progress
+
+    def tick(self, hang_timeout_s: float) -> None:
+        """To be called a few times a second: pings idle engines, loses those that hang.
+
+        Work in flight: no frame for `hang_timeout_s` (plus what the engine announced) is a hang.
+        Idle: a ping unanswered for as long is one. Starting: only the announced time counts.
+        """
+        now = self._clock()
+        for replica in self.replicas:
+            if replica.state not in ("starting", "ready", "draining"):
+                continue
+            self._flush(replica)
+            self._ping_if_idle(replica, now, hang_timeout_s)
+            since_s = self._owes_since(replica)
+            if since_s is not None and now - since_s > hang_timeout_s + replica.patience_s:
+                self.lose(replica.index, f"no progress for {now - since_s:.1f} s")
+
+    def _owes_since(self, replica: Replica) -> float | None:
+        if replica.state == "starting" or self._table.of_replica(replica.index):
+            return replica.heard_s
+        return replica.ping_s
+
+    def _ping_if_idle(self, replica: Replica, now: float, hang_timeout_s: float) -> None:
+        idle = replica.state == "ready" and not self._table.of_replica(replica.index)
+        if not idle or replica.ping_s is not None:
+            return
+        if now - replica.heard_s >= min(5.0, hang_timeout_s / 4):
+            replica.ping_n += 1
+            replica.ping_s = now
+            self._post(replica, protocol.Ping(replica.epoch, replica.ping_n))
+
+    # -- receiving
+
+    def receive(self, identity: bytes, frame: bytes) -> None:
+        """One frame from a peer. Nothing that a peer can send raises."""
+        replica = self._of_identity.get(identity)
+        if replica is None:
+            self._metrics.stale_frames.inc()
+            return
+        try:
+            message = protocol.decode_to_router(frame)
+            if message.epoch != replica.epoch:
+                self._metrics.stale_frames.inc()
+                return
+            replica.heard_s = self._clock()
+            replica.ping_s = None
+            if isinstance(message, protocol.StepOutput):
+                self._on_step(replica, message)
+            else:
+                self._on_other(replica, message)
+        except protocol.BadFrame as error:
+            self._bad_frame(replica, str(error))
+
+    def _on_other(
+        self,
+        replica: Replica,
+        message: protocol.Ready | protocol.Pong | protocol.Busy | protocol.Fatal,
+    ) -> None:
+        match message:
+            case protocol.Ready(version=version, limits=limits):
+                self._on_ready(replica, version, limits)
+            case protocol.Pong(stats=stats):
+                replica.stats = stats
+                replica.patience_s = 0.0
+            case protocol.Busy(expected_s=expected_s):
+                announced_s = max(0.0, expected_s) * BUSY_FACTOR
+                least_s = FIRST_FRAME_LIMIT_S if replica.state == "starting" else 0.0
+                replica.patience_s = max(announced_s, least_s)
+            case protocol.Fatal(reason=reason, code=code):
+                replica.fatal = (reason, code)
+
+    def _on_ready(self, replica: Replica, version: int, limits: Limits) -> None:
+        if version != protocol.PROTOCOL_VERSION:
+            reason = f"the engine speaks wire version {version}, not {protocol.PROTOCOL_VERSION}"
+            replica.fatal = (reason, EXIT_CONFIG)
+            self.lose(replica.index, reason)
+        elif replica.state == "starting" and replica.fatal is None:
+            replica.limits = limits
+            replica.patience_s = 0.0
+            self._change(replica, "ready", "")
+
+    def _on_step(self, replica: Replica, message: protocol.StepOutput) -> None:
+        replica.patience_s = 0.0
+        replica.stats = message.stats
+        streams = self._table.of_replica(replica.index)
+        vocab_size = replica.limits.vocab_size if replica.limits else 0
+        for stream, reason in deliver(message, streams, vocab_size, replica.heard_s):
+            self._metrics.bad_frames.inc()
+            self.cut(stream, f"the engine sent nonsense: {reason}")
+        for finish in message.finished:
+            ended = streams.get(finish.id)
+            if ended is None:
+                continue  # ended or given up: what still comes is ignored
+            self._table.release(ended)
+            # An abort that we did not ask for: the engine drains, others may go on.
+            ended.end(finish, lost=finish.reason == "abort")
+
+    def _bad_frame(self, replica: Replica, reason: str) -> None:
+        self._metrics.bad_frames.inc()
+        self._bad_frames_unlogged += 1
+        now = self._clock()
+        if now - self._bad_frame_logged_s >= BAD_FRAME_LOG_S:
+            count = self._bad_frames_unlogged
+            logs.warning("bad_frame", replica=replica.index, reason=reason, frames=count)
+            self._bad_frame_logged_s = now
+            self._bad_frames_unlogged = 0

@@ -1,0 +1,454 @@
+"""One request's life in one function: admit, place on an engine, stream, release.
+
+Owns nothing that outlives a request: its permit, its streams and its text state are locals of
+`Flow.generate` and freed by its end, however it ends. Must not know HTTP, JSON or sockets.
+
+A lost engine is no error here: streams without a token are submitted again, streams with tokens go
+on elsewhere (or on the restarted engine) with prompt + tokens, until a second engine dies of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import msgspec
+
+from engine.protocol import Finish, Sampling
+from router import logs
+from router.admission import Admission
+from router.dispatch import PrefixMap, chain, choose
+from router.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    Overloaded,
+    Quarantined,
+    RequestTimeout,
+)
+from router.fleet import Fleet, Replica
+from router.metrics import Metrics
+from router.streams import Stream, TokenLogprob
+from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
+from router.text.served import ServedModel
+
+MAX_DEATHS: Final = 2  # engines that may die under one request
+MAX_MOVES: Final = 8  # of one choice, for whatever reason
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the one log line of a request will say. Times in seconds of the monotonic clock."""
+
+    request_id: str
+    started_s: float
+    created_s: int = 0  # unix time
+    route: str = ""  # the route's pattern, never the client's path
+    model: str = ""
+    status: int = 0
+    code: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    finish: str = ""
+    queue_s: float | None = None
+    ttft_s: float | None = None
+    moves: int = 0  # continued on another engine
+
+    def fields(self) -> dict[str, str | int | float | None]:
+        """As fields of a log event; empty ones are left out."""
+        values: dict[str, str | int | float | None] = {
+            "request_id": self.request_id,
+            "route": self.route,
+            "model": self.model,
+            "status": self.status,
+            "code": self.code,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "finish": self.finish,
+            "queue_s": None if self.queue_s is None else round(self.queue_s, 6),
+            "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
+            "moves": self.moves,
+        }
+        return {key: value for key, value in values.items() if value or key == "status"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request that was wholly checked; nothing behind it checks again.
+
+    Choice i belongs to prompt i // n. `sampling.seed` is that of each prompt's first choice; the
+    others' are derived from it. `max_new` None: the rest of the context; 0: only the prompt is
+    wanted (echo).
+    """
+
+    record: RequestRecord
+    model: ServedModel
+    prompts: tuple[list[int], ...]
+    n: int
+    max_new: int | None
+    sampling: Sampling
+    rules: TextRules
+    salt: bytes = b""
+    priority: int = 0
+
+    @property
+    def num_choices(self) -> int:
+        """Sequences that the job runs."""
+        return len(self.prompts) * self.n
+
+
+class First(NamedTuple):
+    """What is known when a choice's first token is there.
+
+    `prompt_logprobs[i]` belongs to prompt token i + 1.
+    """
+
+    cached_tokens: int
+    prompt_logprobs: list[TokenLogprob] | None
+
+
+class Progress(NamedTuple):
+    """One step of one choice; `first` only with its first step."""
+
+    choice: int
+    piece: Piece
+    first: First | None
+
+
+class Placement(NamedTuple):
+    """What an engine needs to know besides the stream's tokens."""
+
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    salt: bytes
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSettings:
+    """`request_timeout_s` 0 means no limit; `ping_s` is how often a silent wait is told of.
+
+    A replica with `max_concurrency` sequences is passed over while another one has room.
+    """
+
+    request_timeout_s: float = 0.0
+    ping_s: float = 10.0
+    max_concurrency: int = 64
+
+
+class Flow:
+    """Runs jobs on engines. Owns which prompts were sent where, and nothing else that lasts."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        metrics: Metrics,
+        settings: FlowSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._metrics = metrics
+        self._settings = settings
+        self._clock = clock
+        self._prefixes = PrefixMap()
+        self._alarms: set[_Alarm] = set()  # of the requests that run
+        fleet.subscribe(self._on_replica_change)
+
+    def max_len(self, model: ServedModel) -> int:
+        """Tokens that prompt and answer may have together, as of now."""
+        told = [view.limits.max_len for view in self._fleet.views(model.name) if view.limits]
+        return min([model.max_len, *told])
+
+    def check_room(self, model: ServedModel, num_tokens: int, *, param: str) -> None:
+        """Raises ContextLengthExceeded unless at least one token fits behind the prompt."""
+        max_len = self.max_len(model)
+        if num_tokens >= max_len:
+            raise ContextLengthExceeded(
+                f"This model's context length is {max_len} tokens, the prompt has {num_tokens}; "
+                "at least one must be left for the answer.",
+                param=param,
+            )
+
+    async def generate(self, job: Job) -> AsyncGenerator[list[Progress], None]:
+        """The whole life of a request, from the queue for a permit to the last token.
+
+        The first item is always empty: from then on every choice is placed on an engine. Later
+        empty items come every `ping_s` without news. Ends when each choice has a finish reason.
+        Raises RequestError; what it held is free again when it ends, is closed or is cancelled.
+        """
+        record = job.record
+        record.model = job.model.name
+        record.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
+        limit_s = self._settings.request_timeout_s
+        alarm = _Alarm(self._clock, record.started_s + limit_s if limit_s else None)
+        async with self._permit(job, alarm.deadline_s):
+            record.queue_s = self._clock() - record.started_s
+            choices = self._open(job, alarm.event)
+            self._alarms.add(alarm)
+            try:
+                alarm.start(self._settings.ping_s)
+                while not self._place(job, choices):
+                    await alarm.wait()
+                    if alarm.expired:
+                        raise self._fleet.unavailable(job.model.name)
+                yield []
+                running = choices
+                while running:
+                    await alarm.wait()
+                    rang = alarm.rang()
+                    step = [p for c in running if (p := self._advance(job, c)) is not None]
+                    running = [choice for choice in running if choice.finish is None]
+                    if step or rang:
+                        yield step
+                    if running:
+                        if alarm.expired:
+                            raise RequestTimeout("The request's time limit has passed.")
+                        self._place(job, running)
+            finally:
+                alarm.stop()
+                self._alarms.discard(alarm)
+                for choice in choices:
+                    self._fleet.close(choice.stream)
+                self._account(job, choices)
+
+    @asynccontextmanager
+    async def _permit(self, job: Job, deadline_s: float | None) -> AsyncGenerator[None]:
+        """A permit. A wait that takes the whole time limit is overload, not the client's fault."""
+        name = job.model.name
+        views = self._fleet.views(name)
+        if all(view.state == "parked" for view in views) or not any(v.limits for v in views):
+            # given up, or never ready yet: no queue for what may take minutes
+            raise self._fleet.unavailable(name)
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(self._admission.permit(name, deadline_s))
+            except (RequestTimeout, Overloaded) as error:
+                self._metrics.refused.labels(name).inc()
+                raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
+            yield
+
+    def _open(self, job: Job, event: asyncio.Event) -> list[_Choice]:
+        max_len = self.max_len(job.model)
+        choices: list[_Choice] = []
+        for prompt in job.prompts:
+            hashes = chain(prompt, job.salt, job.model.name)
+            room = max(max_len - len(prompt), 1)
+            max_new = room if job.max_new is None else min(max(job.max_new, 1), room)
+            for _ in range(job.n):
+                stream = self._fleet.open(prompt, max_new, event)
+                stream.request_id = job.record.request_id
+                choices.append(_Choice(job, len(choices), stream, hashes))
+        return choices
+
+    def _place(self, job: Job, choices: Sequence[_Choice]) -> bool:
+        """Gives every choice that no engine works on to one. False if none is ready.
+
+        Raises Quarantined for a choice that two engines died of, and Overloaded when the model's
+        engines are given up.
+        """
+        name = job.model.name
+        for choice in choices:
+            stream = choice.stream
+            if not choice.needs_engine:
+                continue
+            if stream.deaths >= MAX_DEATHS:
+                self._metrics.quarantined.inc()
+                logs.error("request_quarantined", request_id=job.record.request_id, model=name)
+                raise Quarantined
+            now = self._clock()
+            views = self._fleet.views(name)
+            hits = self._prefixes.hits(choice.hashes, now)
+            replica = choose(views, hits, self._settings.max_concurrency)
+            if replica is None:
+                if all(view.state == "parked" for view in views):
+                    raise self._fleet.unavailable(name)
+                return False
+            if not self._fleet.submit(stream, replica, choice.placement):
+                return False
+            self._prefixes.record(choice.hashes, replica, now)
+            if stream.lost:
+                self._count_move(job.record, choice)
+                stream.reopen()
+        return True
+
+    def _count_move(self, record: RequestRecord, choice: _Choice) -> None:
+        record.moves += 1
+        choice.moves += 1
+        self._metrics.migrated.labels("engine_died" if choice.stream.deaths else "given_back").inc()
+        if choice.moves > MAX_MOVES:
+            raise Overloaded("The engines keep giving this request back.")
+
+    def _advance(self, job: Job, choice: _Choice) -> Progress | None:
+        """Takes what the engine sent for one choice. Raises EngineFailed."""
+        delta = choice.stream.take()
+        end = None if delta.lost else delta.finish
+        if end is not None and end.reason == "abort":
+            raise Overloaded(end.detail or "The server is stopping.")
+        if end is not None and end.reason == "error":
+            logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
+            raise EngineFailed
+        if delta.prompt_logprobs is not None:
+            choice.prompt_logprobs += delta.prompt_logprobs
+        if not delta.tokens and end is None:
+            return None
+        piece = choice.push(delta.tokens, delta.logprobs, end)
+        first = None
+        now = self._clock()
+        metrics = self._metrics.of_model(job.model.name)
+        if choice.last_s is None:
+            choice.first_s = now
+            first = First(choice.stream.cached_tokens, choice.prompt_logprobs or None)
+            if job.record.ttft_s is None:
+                job.record.ttft_s = now - job.record.started_s
+                metrics.ttft_s.observe(job.record.ttft_s)
+        elif delta.tokens:
+            metrics.itl_s.observe((now - choice.last_s) / len(delta.tokens))
+        choice.last_s = now
+        if choice.finish is not None:
+            # A matched stop string ends it here, while its engine still works on it.
+            self._fleet.close(choice.stream)
+        return Progress(choice.index, piece, first)
+
+    def _account(self, job: Job, choices: Sequence[_Choice]) -> None:
+        """Sums of the request, for its log line and for the metrics."""
+        record = job.record
+        record.cached_tokens = sum(c.stream.cached_tokens for c in choices if c.index % job.n == 0)
+        record.completion_tokens = sum(choice.num_tokens for choice in choices)
+        record.finish = "+".join(dict.fromkeys(choice.finish or "none" for choice in choices))
+        series = self._metrics.of_model(job.model.name)
+        series.e2e_s.observe(self._clock() - record.started_s)
+        series.queue_s.observe(record.queue_s or 0.0)
+        series.prompt_tokens.inc(record.prompt_tokens)
+        series.generation_tokens.inc(record.completion_tokens)
+        series.request_prompt_tokens.observe(record.prompt_tokens)
+        series.request_generation_tokens.observe(record.completion_tokens)
+        series.request_max_tokens.observe(sum(choice.stream.max_new for choice in choices))
+        for choice in choices:
+            self._metrics.success.labels(job.model.name, choice.finish or "abort").inc()
+            if choice.first_s is not None and choice.last_s is not None and choice.num_tokens > 1:
+                mean_s = (choice.last_s - choice.first_s) / (choice.num_tokens - 1)
+                series.tpot_s.observe(mean_s)
+
+    def _on_replica_change(self, replica: Replica) -> None:
+        if replica.state in ("restarting", "parked"):
+            self._prefixes.forget(replica.index)
+        for alarm in self._alarms:  # who waits for an engine looks again
+            alarm.event.set()
+
+
+class _Choice:
+    """One choice of a job: its stream, its text, and what an engine must know to run it."""
+
+    def __init__(self, job: Job, index: int, stream: Stream, hashes: Sequence[int]) -> None:
+        self.index = index
+        self.stream = stream
+        self.hashes = hashes  # of the prompt's blocks, for the choice of a replica
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.finish: FinishReason | None = None
+        self.first_s: float | None = None
+        self.last_s: float | None = None  # of the latest tokens
+        self.moves = 0
+        self.placement = Placement(
+            sampling=msgspec.structs.replace(
+                job.sampling,
+                seed=choice_seed(job.sampling.seed, index % job.n),
+                min_new=min(job.sampling.min_new, stream.max_new),
+            ),
+            stop_ids=tuple(sorted(job.rules.stop_ids)),
+            salt=job.salt,
+            priority=job.priority,
+        )
+        self._text = ChoiceText(job.rules)
+        self._prompt_only = job.max_new == 0
+
+    @property
+    def needs_engine(self) -> bool:
+        """It was never submitted, or its engine is gone."""
+        return self.stream.lost or self.stream.submitted_s is None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count."""
+        return self._text.num_tokens
+
+    def push(
+        self, tokens: list[int], logprobs: list[TokenLogprob] | None, end: Finish | None
+    ) -> Piece:
+        """The next tokens as text."""
+        if self._prompt_only:  # the one token that the engine had to make is nobody's
+            self.finish = "length"
+            return Piece("", [], [], "length")
+        piece = self._text.push(tokens, logprobs, end)
+        self.finish = piece.finish
+        return piece
+
+
+class _Alarm:
+    """What a request waits for: news of its streams, its time limit, or the next ping.
+
+    One event for all of it, set by one timer; so a token costs one wake-up and no timer.
+    """
+
+    def __init__(self, clock: Callable[[], float], deadline_s: float | None) -> None:
+        self.event = asyncio.Event()
+        self.deadline_s = deadline_s
+        self._clock = clock
+        self._ping_s = 0.0
+        self._rung = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def expired(self) -> bool:
+        """The time limit has passed."""
+        return self.deadline_s is not None and self._clock() >= self.deadline_s
+
+    def start(self, ping_s: float) -> None:
+        """From now on `wait` returns at least every `ping_s`, and at the time limit."""
+        self._ping_s = ping_s
+        self._arm()
+
+    def stop(self) -> None:
+        """No more timers."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def wait(self) -> None:
+        """Returns when something may have changed."""
+        await self.event.wait()
+        self.event.clear()
+
+    def rang(self) -> bool:
+        """True once for each ring of the timer."""
+        rang, self._rung = self._rung, False
+        return rang
+
+    def _arm(self) -> None:
+        delay_s = self._ping_s
+        if self.deadline_s is not None and not self.expired:
+            delay_s = min(delay_s, self.deadline_s - self._clock())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
+
+    def _ring(self) -> None:
+        self._rung = True
+        self.event.set()
+        self._arm()
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of a prompt's choice: the given one for the first, mixed with its number for others.
+
+    The mixing is the finalizer of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom
+    number generators", 2014), cut to 63 bits.
+    """
+    if choice == 0:
+        return seed
+    mixed = (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63

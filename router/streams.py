@@ -1,0 +1,283 @@
+"""The token streams between engines and requests: one coalescing slot and one record each.
+
+Owns the streams, the table id -> Stream, and so the load of each replica (derived, never counted).
+Must not know sockets, text or HTTP. The fleet writes
+(`append`, `end`), one flow reads (`wait`, `take`); both run on the router's one event loop.
+A reader that is slow finds more tokens in its next `take`: nothing queues up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from engine.protocol import (
+    BadFrame,
+    Finish,
+    Limits,
+    Logprobs,
+    StepOutput,
+    unpack_floats,
+    unpack_tokens,
+)
+
+ReplicaState = Literal["starting", "ready", "draining", "restarting", "parked"]
+
+
+class ReplicaView(NamedTuple):
+    """What a choice between replicas may look at: values of one moment."""
+
+    replica: int
+    state: ReplicaState
+    epoch: int
+    inflight_requests: int
+    inflight_tokens: int  # prompt and generated tokens of what it works on
+    submitted: int  # sequences it was ever given
+    limits: Limits | None  # None until it was ready once
+
+    @property
+    def ready(self) -> bool:
+        """May it be given work?"""
+        return self.state == "ready"
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of one token, and of its best rivals as (token id, logprob), best first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Delta(NamedTuple):
+    """What happened since the last `take`.
+
+    `logprobs` is parallel to `tokens` (None if the engine sent none); `prompt_logprobs[i]` belongs
+    to the next prompt token not yet told of, the first one being position 1.
+    `lost` says that `finish` was put there because the engine died: the stream may be reopened.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None
+    prompt_logprobs: list[TokenLogprob] | None
+    finish: Finish | None
+    lost: bool = False
+
+
+class Stream:
+    """One sequence: its prompt, all tokens so far, and the slot between writer and reader.
+
+    `event` may be shared by the streams of one request; it is set at each change of any of them.
+    Times are of the caller's clock, in seconds.
+    """
+
+    __slots__ = (
+        "_event",
+        "_logprobs",
+        "_prompt_logprobs",
+        "_prompt_taken",
+        "_taken",
+        "cached_tokens",
+        "deaths",
+        "finish",
+        "first_token_s",
+        "id",
+        "lost",
+        "max_new",
+        "prompt",
+        "replica",
+        "request_id",
+        "submitted_s",
+        "tokens",
+    )
+
+    def __init__(
+        self, id: int, prompt: list[int], max_new: int, event: asyncio.Event | None = None
+    ) -> None:
+        self.id = id
+        self.prompt = prompt
+        self.max_new = max_new  # bound of len(tokens)
+        self.tokens: list[int] = []  # all generated tokens: the record for continuation
+        self.cached_tokens = 0  # of the prompt, at the first start
+        self.replica: int | None = None  # who works on it now
+        self.finish: Finish | None = None
+        self.lost = False
+        self.deaths = 0  # engines that died while working on it
+        self.request_id = ""  # the request's name in logs and crash reports
+        self.submitted_s: float | None = None
+        self.first_token_s: float | None = None
+        self._event = asyncio.Event() if event is None else event
+        self._taken = 0
+        self._prompt_taken = 0
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
+
+    @property
+    def done(self) -> bool:
+        """No more tokens will come (unless it is reopened)."""
+        return self.finish is not None
+
+    def append(self, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
+        """The engine generated `tokens`. Ignored after the end.
+
+        Raises ValueError when log-probabilities do not come with every token or with none.
+        """
+        if self.finish is not None:
+            return
+        if logprobs is not None or self._logprobs:
+            if logprobs is None or len(logprobs) != len(tokens):
+                raise ValueError("log-probabilities and tokens do not pair")
+            if len(self._logprobs) != len(self.tokens):
+                raise ValueError("log-probabilities begin in the middle")
+            self._logprobs += logprobs
+        self.tokens += tokens
+        self._event.set()
+
+    def append_prompt_logprobs(self, start: int, logprobs: list[TokenLogprob]) -> None:
+        """Log-probabilities of prompt positions from `start` on; those known already are skipped.
+
+        A continued stream computes its prompt again on another engine, hence the skipping.
+        """
+        known = 1 + len(self._prompt_logprobs)
+        if self.finish is None and start <= known:
+            self._prompt_logprobs += logprobs[known - start :]
+            self._event.set()
+
+    def end(self, finish: Finish, *, lost: bool = False) -> None:
+        """The one end. A second one is ignored. `lost`: the engine is gone, not the sequence."""
+        if self.finish is not None:
+            return
+        self.finish = finish
+        self.lost = lost
+        self._event.set()
+
+    def reopen(self) -> None:
+        """To be continued on another engine. Raises ValueError if the stream is not lost."""
+        if not self.lost:
+            raise ValueError(f"stream {self.id} is not lost")
+        self.finish = None
+        self.lost = False
+
+    async def wait(self) -> None:
+        """Returns after a change. It may also return without one: `take` then gives no tokens."""
+        await self._event.wait()
+        self._event.clear()
+
+    def take(self) -> Delta:
+        """Everything since the last call."""
+        tokens = self.tokens[self._taken :]
+        logprobs = self._logprobs[self._taken :] if self._logprobs else None
+        self._taken += len(tokens)
+        told = self._prompt_logprobs[self._prompt_taken :] or None
+        self._prompt_taken = len(self._prompt_logprobs)
+        return Delta(tokens, logprobs, told, self.finish, self.lost)
+
+
+class StreamTable:
+    """All open streams by id, and which replica works on which.
+
+    Ids are positive, rise, and are never used twice.
+    """
+
+    def __init__(self) -> None:
+        self._last_id = 0
+        self._streams: dict[int, Stream] = {}
+        self._of_replica: dict[int, dict[int, Stream]] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(list(self._streams.values()))
+
+    def open(self, prompt: list[int], max_new: int, event: asyncio.Event | None = None) -> Stream:
+        """A new stream; its owner must `close` it."""
+        self._last_id += 1
+        stream = Stream(self._last_id, prompt, max_new, event)
+        self._streams[stream.id] = stream
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Forget it: later messages about it are ignored. May be called twice."""
+        self.release(stream)
+        self._streams.pop(stream.id, None)
+
+    def assign(self, stream: Stream, replica: int) -> None:
+        """`replica` works on it from now on."""
+        self.release(stream)
+        stream.replica = replica
+        self._of_replica.setdefault(replica, {})[stream.id] = stream
+
+    def release(self, stream: Stream) -> None:
+        """No replica works on it any more."""
+        if stream.replica is not None:
+            self._of_replica[stream.replica].pop(stream.id, None)
+            stream.replica = None
+
+    def load(self, replica: int) -> tuple[int, int]:
+        """(sequences, tokens) that `replica` works on."""
+        streams = self._of_replica.get(replica, {}).values()
+        return len(streams), sum(len(s.prompt) + len(s.tokens) for s in streams)
+
+    def of_replica(self, replica: int) -> dict[int, Stream]:
+        """The streams `replica` works on, by id. A live view: do not change it."""
+        return self._of_replica.setdefault(replica, {})
+
+
+def deliver(
+    message: StepOutput, streams: Mapping[int, Stream], vocab_size: int, now: float
+) -> list[tuple[Stream, str]]:
+    """Append one step's tokens to the streams they belong to; ids that are not there are ignored.
+
+    Returns the streams that got something impossible, with the reason; those got no token. Ends
+    (`message.finished`) are the caller's. Raises BadFrame, with no stream changed, if the columns
+    do not fit together. Cost: one append and one wake-up per sequence, no object per token.
+    """
+    tokens = unpack_tokens(message.tokens)
+    counts = message.counts or (1,) * len(message.ids)
+    if len(counts) != len(message.ids) or sum(counts) != len(tokens) or min(counts, default=0) < 0:
+        raise BadFrame("columns of different length")
+    logprobs = {entry.id: _unpack_logprobs(entry) for entry in message.logprobs}
+    told = [(entry, _unpack_logprobs(entry)) for entry in message.prompt_logprobs]
+    for started in message.started:
+        if (stream := streams.get(started.id)) is not None and not stream.tokens:
+            stream.cached_tokens = started.cached
+    for entry, values in told:
+        if (stream := streams.get(entry.id)) is not None:
+            stream.append_prompt_logprobs(entry.start, values)
+    failures: list[tuple[Stream, str]] = []
+    suspicious = not _in_vocabulary(tokens, vocab_size)
+    at = 0
+    for id_, count in zip(message.ids, counts, strict=True):
+        new = tokens[at : at + count]
+        at += count
+        stream = streams.get(id_)
+        if stream is None or not count:
+            continue
+        if suspicious and not _in_vocabulary(new, vocab_size):
+            failures.append((stream, "a token id outside the vocabulary"))
+        elif len(stream.tokens) + count > stream.max_new:
+            failures.append((stream, "more tokens than were asked for"))
+        else:
+            if stream.first_token_s is None:
+                stream.first_token_s = now
+            try:
+                stream.append(new, logprobs.get(id_))
+            except ValueError as error:
+                failures.append((stream, str(error)))
+    return failures
+
+
+def _in_vocabulary(tokens: list[int], vocab_size: int) -> bool:
+    return not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size)
+
+
+def _unpack_logprobs(entry: Logprobs) -> list[TokenLogprob]:
+    chosen = unpack_floats(entry.chosen)
+    top_ids = unpack_tokens(entry.top_ids)
+    top = unpack_floats(entry.top)
+    if len(top_ids) != len(top) or (top and (not chosen or len(top) % len(chosen))):
+        raise BadFrame("log-probability columns of different length")
+    k = len(top) // len(chosen) if top else 0
+    rivals = list(zip(top_ids, top, strict=True))
+    return [TokenLogprob(value, rivals[i * k : i * k + k]) for i, value in enumerate(chosen)]

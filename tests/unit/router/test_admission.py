@@ -1,0 +1,176 @@
+"""Permits: none is lost, none is held twice, nobody waits while one is free."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.admission import MAX_RETRY_AFTER_S, Admission, Gate, ServiceRate
+from router.errors import Overloaded, RequestTimeout
+
+
+def gate(permits: int, max_queue: int = 10) -> Gate:
+    return Gate("m", max_queue, lambda: permits, time.monotonic)
+
+
+async def hold(one: Gate, until: asyncio.Event) -> None:
+    async with one.permit(None):
+        await until.wait()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_waiters_are_served_in_order() -> None:
+    one, order = gate(1), list[int]()
+
+    async def work(name: int) -> None:
+        async with one.permit(None):
+            order.append(name)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(work(i) for i in range(5)))
+    assert order == [0, 1, 2, 3, 4]
+    assert one.view() == ("m", 0, 0, 1)
+
+
+async def test_a_full_queue_refuses_with_retry_after() -> None:
+    one = gate(1, max_queue=0)
+    async with one.permit(None):
+        with pytest.raises(Overloaded) as caught:
+            async with one.permit(None):
+                pass
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s >= 1
+    async with one.permit(None):
+        pass
+
+
+async def test_deadline_in_the_queue() -> None:
+    one = gate(0)
+    with pytest.raises(RequestTimeout):
+        async with one.permit(time.monotonic() + 0.01):
+            pass
+    assert one.view().waiting == 0
+
+
+async def test_a_cancelled_waiter_leaves_at_once() -> None:
+    one = gate(1)
+    async with one.permit(None):
+        tasks = [asyncio.create_task(hold(one, asyncio.Event())) for _ in range(3)]
+        await settle()
+        assert one.view().waiting == 3
+        tasks[1].cancel()
+        await settle()
+        assert one.view().waiting == 2
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert one.view() == ("m", 0, 0, 1)
+
+
+async def test_a_waiter_cancelled_in_the_moment_of_its_grant_passes_it_on() -> None:
+    one = gate(1)
+    holder = one.permit(None)
+    await holder.__aenter__()
+    end = asyncio.Event()
+    first = asyncio.create_task(hold(one, end))
+    second = asyncio.create_task(hold(one, end))
+    await settle()
+    await holder.__aexit__(None, None, None)  # grants to `first`, which has not run yet
+    first.cancel()
+    await settle()
+    assert first.cancelled()
+    assert one.view() == ("m", 0, 1, 1)  # `second` has it
+    end.set()
+    await second
+    assert one.view() == ("m", 0, 0, 1)
+
+
+async def test_more_permits_wake_more_waiters() -> None:
+    size = 0
+    one = Gate("m", 10, lambda: size, time.monotonic)
+    end = asyncio.Event()
+    tasks = [asyncio.create_task(hold(one, end)) for _ in range(3)]
+    await settle()
+    assert one.view().waiting == 3
+    size = 2
+    one.refresh()
+    await settle()
+    assert (one.view().waiting, one.view().used) == (1, 2)
+    end.set()
+    await asyncio.gather(*tasks)
+    assert one.view() == ("m", 0, 0, 2)
+
+
+async def test_close_refuses_newcomers_and_evict_those_who_wait() -> None:
+    admission = Admission([gate(1)])
+    async with admission.permit("m"):
+        waiter = asyncio.create_task(admission.permit("m").__aenter__())
+        await settle()
+        admission.close("stopping")
+        with pytest.raises(Overloaded, match="stopping"):
+            async with admission.permit("m"):
+                pass
+        assert admission.active == 2
+        admission.evict("stopping")
+        with pytest.raises(Overloaded, match="stopping"):
+            await waiter
+        assert admission.active == 1
+    assert admission.active == 0
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(0, 8))
+@settings(max_examples=50)
+def test_no_permit_is_ever_lost(seed: int, permits: int, max_queue: int) -> None:
+    rng = random.Random(seed)
+
+    async def scenario() -> None:
+        one, held = gate(permits, max_queue), set[int]()
+
+        async def client(name: int) -> None:
+            with contextlib.suppress(Overloaded, RequestTimeout):
+                limit = time.monotonic() if rng.random() < 0.1 else None
+                async with one.permit(limit):
+                    held.add(name)
+                    assert len(held) <= permits
+                    for _ in range(rng.randrange(4)):
+                        await asyncio.sleep(0)
+                    held.discard(name)
+
+        tasks: list[asyncio.Task[None]] = []
+        for name in range(30):
+            tasks.append(asyncio.create_task(client(name)))
+            for _ in range(rng.randrange(3)):
+                await asyncio.sleep(0)
+            if rng.random() < 0.4:
+                victim = rng.randrange(len(tasks))
+                tasks[victim].cancel()
+                held.discard(victim)
+            view = one.view()
+            assert view.used <= permits
+            assert view.waiting == 0 or view.used == permits
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert one.view() == ("m", 0, 0, permits)
+
+    asyncio.run(scenario())
+
+
+def test_retry_after_follows_the_measured_rate() -> None:
+    rate = ServiceRate()
+    for second in range(11):
+        rate.released(float(second * 2))  # one every two seconds
+    assert rate.per_second(20.0) == pytest.approx(0.5)
+    assert rate.retry_after_s(20.0, waiting=10) == 12  # half of the queue, and one slot
+    assert rate.retry_after_s(20.0, waiting=10) == 14  # the next client gets the next slot
+    for _ in range(100):
+        assert 1 <= rate.retry_after_s(20.0, waiting=10) <= MAX_RETRY_AFTER_S
+    assert ServiceRate().retry_after_s(0.0, waiting=0) >= 1

@@ -1,0 +1,361 @@
+"""The fleet over a scripted link: who may be given work, what an engine's silence and noise do."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Literal, NamedTuple
+
+import pytest
+
+from engine import protocol
+from engine.protocol import (
+    Abort,
+    Busy,
+    Drain,
+    Fatal,
+    Finish,
+    Limits,
+    Ping,
+    Pong,
+    Ready,
+    Sampling,
+    Stats,
+    StepOutput,
+    Submit,
+    ToEngine,
+    ToRouter,
+    decode_to_engine,
+    encode,
+    pack_tokens,
+    unpack_tokens,
+)
+from router.fleet import Fleet
+from router.metrics import Metrics
+from router.streams import Stream, StreamTable
+
+LIMITS = Limits(max_len=100, vocab_size=50, block_size=32, num_blocks=10, max_batch=4)
+HANG_S = 10.0
+
+
+class Placement(NamedTuple):
+    sampling: Sampling = Sampling(seed=1)
+    stop_ids: tuple[int, ...] = (2,)
+    salt: bytes = b"s"
+    priority: int = 0
+
+
+class ScriptedLink:
+    """Remembers what was sent; answers as told."""
+
+    def __init__(self) -> None:
+        self.answer: Literal["sent", "full", "gone"] = "sent"
+        self.sent: deque[tuple[bytes, ToEngine]] = deque()
+
+    def send(self, identity: bytes, frame: bytes) -> Literal["sent", "full", "gone"]:
+        if self.answer == "sent":
+            self.sent.append((identity, decode_to_engine(frame)))
+        return self.answer
+
+    def last(self) -> ToEngine:
+        return self.sent[-1][1]
+
+
+class World:
+    """Two replicas of one model, and a clock that stands still."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.table = StreamTable()
+        self.link = ScriptedLink()
+        self.metrics = Metrics()
+        self.fleet = Fleet(["m", "m"], self.table, self.link, self.metrics, lambda: self.now)
+        self.changes: list[tuple[int, str]] = []
+        self.fleet.subscribe(lambda r: self.changes.append((r.index, r.state)))
+
+    def start(self, index: int = 0, epoch: int = 1) -> None:
+        self.fleet.start(index, epoch, b"e%d-%d" % (index, epoch))
+
+    def ready(self, index: int = 0, epoch: int = 1) -> None:
+        self.start(index, epoch)
+        self.say(Ready(epoch, protocol.PROTOCOL_VERSION, LIMITS), index)
+
+    def say(self, message: ToRouter, index: int = 0) -> None:
+        self.fleet.receive(b"e%d-%d" % (index, message.epoch), encode(message))
+
+    def submit(self, index: int = 0, prompt: tuple[int, ...] = (1, 2), max_new: int = 5) -> Stream:
+        stream = self.fleet.open(list(prompt), max_new)
+        assert self.fleet.submit(stream, index, Placement())
+        return stream
+
+    def state(self, index: int = 0) -> str:
+        return self.fleet.replicas[index].state
+
+
+def tokens(epoch: int, stream: Stream, *ids: int, end: Finish | None = None) -> StepOutput:
+    finished = (end,) if end else ()
+    return StepOutput(epoch, 1, (stream.id,), (len(ids),), pack_tokens(ids), finished)
+
+
+async def test_start_ready_work_end() -> None:
+    w = World()
+    w.ready()
+    assert w.changes == [(0, "starting"), (0, "ready")]
+    assert (w.fleet.ready_count("m"), w.fleet.views("m")[0].limits) == (1, LIMITS)
+    stream = w.submit()
+    message = w.link.last()
+    assert isinstance(message, Submit)
+    assert (message.epoch, message.id, message.max_new, message.num_prompt) == (1, stream.id, 5, 2)
+    assert (unpack_tokens(message.tokens), message.stop_ids, message.salt) == ([1, 2], (2,), b"s")
+    w.say(tokens(1, stream, 7, 8))
+    w.say(tokens(1, stream, 9, end=Finish(stream.id, "stop")))
+    delta = stream.take()
+    assert (delta.tokens, delta.finish) == ([7, 8, 9], Finish(stream.id, "stop"))
+    assert w.fleet.views("m")[0].inflight_requests == 0
+    w.fleet.close(stream)
+    assert not isinstance(w.link.last(), Abort)  # it had ended: nothing to abort
+
+
+async def test_work_only_for_ready_replicas() -> None:
+    w = World()
+    stream = w.fleet.open([1], 5)
+    assert not w.fleet.submit(stream, 0, Placement())
+    w.start()
+    assert not w.fleet.submit(stream, 0, Placement())
+    assert not w.link.sent
+    assert not stream.done
+
+
+async def test_a_closed_stream_is_aborted_and_later_output_ignored() -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    w.fleet.close(stream)
+    w.fleet.close(stream)
+    aborts = [m for _, m in w.link.sent if isinstance(m, Abort)]
+    assert aborts == [Abort(1, (stream.id,))]
+    w.say(tokens(1, stream, 7, end=Finish(stream.id, "abort")))
+    assert (stream.tokens, len(w.table)) == ([], 0)
+
+
+async def test_loss_and_continuation_on_the_other_replica() -> None:
+    w = World()
+    w.ready(0)
+    w.ready(1)
+    stream = w.submit(0)
+    w.say(tokens(1, stream, 7, 8))
+    assert w.fleet.lose(0, "signal") == [stream]
+    delta = stream.take()
+    assert (delta.lost, delta.tokens, stream.deaths, w.state()) == (True, [7, 8], 1, "restarting")
+    assert w.fleet.submit(stream, 1, Placement())
+    stream.reopen()
+    message = w.link.last()
+    assert isinstance(message, Submit)
+    assert unpack_tokens(message.tokens) == [1, 2, 7, 8]
+    assert (message.num_prompt, message.max_new) == (2, 3)
+    w.say(tokens(1, stream, 6), index=0)  # the dead one: late
+    w.say(tokens(1, stream, 9, end=Finish(stream.id, "length")), index=1)
+    assert stream.tokens == [7, 8, 9]
+
+
+async def test_a_stale_epoch_changes_nothing() -> None:
+    w = World()
+    w.ready(0, epoch=1)
+    w.fleet.lose(0, "crash")
+    w.ready(0, epoch=2)
+    stream = w.submit()
+    w.say(tokens(1, stream, 9))
+    w.fleet.receive(b"e0-2", encode(tokens(1, stream, 9)))  # right name, old epoch
+    assert stream.tokens == []
+    assert b"router_ipc_stale_frames_total 2.0" in w.metrics.render()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"", b"\xff\xfe", b"x" * 1000, encode(Drain(1)), encode(StepOutput(1, 1, (1,), (), b"123"))],
+)
+async def test_garbage_is_counted_and_skipped(frame: bytes) -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    w.fleet.receive(b"e0-1", frame)
+    w.fleet.receive(b"nobody", frame)
+    assert w.state() == "ready"
+    assert b"router_ipc_bad_frames_total 1.0" in w.metrics.render()
+    w.say(tokens(1, stream, 3))
+    assert stream.tokens == [3]
+
+
+async def test_a_bad_id_costs_its_stream_only() -> None:
+    w = World()
+    w.ready()
+    bad, good = w.submit(), w.submit()
+    w.say(StepOutput(1, 1, (bad.id, good.id), (), pack_tokens([LIMITS.vocab_size, 3])))
+    assert bad.finish is not None
+    assert (bad.finish.reason, bad.lost) == ("error", False)
+    assert w.link.last() == Abort(1, (bad.id,))
+    assert (good.tokens, good.done, w.state()) == ([3], False, "ready")
+
+
+async def test_an_abort_not_asked_for_gives_the_stream_back() -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    w.say(tokens(1, stream, end=Finish(stream.id, "abort")))
+    assert (stream.lost, stream.deaths) == (True, 0)
+
+
+async def test_a_second_end_is_ignored() -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    w.say(tokens(1, stream, 1, end=Finish(stream.id, "stop")))
+    w.say(tokens(1, stream, 2, end=Finish(stream.id, "length")))
+    assert (stream.tokens, stream.finish) == ([1], Finish(stream.id, "stop"))
+
+
+async def test_no_progress_with_work_is_a_hang() -> None:
+    w = World()
+    w.ready()
+    w.now += 1000  # idle silence is no debt
+    stream = w.submit()
+    w.now += HANG_S
+    w.fleet.tick(HANG_S)
+    assert w.state() == "ready"
+    w.now += 0.1
+    w.fleet.tick(HANG_S)
+    assert (w.state(), stream.lost, stream.deaths) == ("restarting", True, 1)
+    assert "no progress" in w.fleet.replicas[0].reason
+
+
+async def test_steps_are_progress_and_busy_buys_time() -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    for _ in range(3):
+        w.now += HANG_S * 0.9
+        w.say(StepOutput(1, 1, (), (), b""))
+        w.fleet.tick(HANG_S)
+    w.say(Busy(1, "step", 30.0))
+    w.now += HANG_S + 29
+    w.fleet.tick(HANG_S)
+    assert w.state() == "ready"
+    w.say(tokens(1, stream, 1))
+    w.now += HANG_S + 0.1
+    w.fleet.tick(HANG_S)
+    assert w.state() == "restarting"  # what was announced is over
+
+
+async def test_idle_engines_are_pinged_and_must_answer() -> None:
+    w = World()
+    w.ready()
+    w.now += 5
+    w.fleet.tick(HANG_S)
+    ping = w.link.last()
+    assert ping == Ping(1, 1)
+    w.fleet.tick(HANG_S)
+    assert len(w.link.sent) == 1  # one at a time
+    w.say(Pong(1, 1, Stats(blocks_total=5)))
+    w.now += HANG_S
+    w.fleet.tick(HANG_S)
+    assert w.state() == "ready"
+    assert w.link.last() == Ping(1, 2)
+    w.now += HANG_S + 0.1
+    w.fleet.tick(HANG_S)
+    assert w.state() == "restarting"
+
+
+async def test_a_long_load_is_no_hang() -> None:
+    w = World()
+    w.start()
+    w.now += 300  # not a word: importing
+    w.fleet.tick(HANG_S)
+    w.say(Busy(1, "load", 200.0))
+    w.now += 1500
+    w.fleet.tick(HANG_S)
+    assert w.state() == "starting"
+    w.now += 1000
+    w.fleet.tick(HANG_S)
+    assert w.state() == "restarting"
+
+
+async def test_another_wire_version_is_refused() -> None:
+    w = World()
+    w.start()
+    w.say(Ready(1, protocol.PROTOCOL_VERSION + 1, LIMITS))
+    assert w.state() == "restarting"
+    words = w.fleet.last_words(0)
+    assert words is not None
+    assert words[1] == 78
+
+
+async def test_last_words() -> None:
+    w = World()
+    w.start()
+    w.say(Fatal(1, "not enough memory", 75))
+    assert w.fleet.last_words(0) == ("not enough memory", 75)
+    w.fleet.lose(0, "exit code 75")
+    w.start(epoch=2)
+    assert w.fleet.last_words(0) is None
+
+
+async def test_back_pressure_keeps_order_and_loses_nothing() -> None:
+    w = World()
+    w.ready()
+    w.link.answer = "full"
+    first, second = w.submit(), w.submit()
+    w.fleet.close(first)
+    assert not w.link.sent
+    w.link.answer = "sent"
+    w.fleet.tick(HANG_S)
+    assert [type(m).__name__ for _, m in w.link.sent] == ["Submit", "Submit", "Abort"]
+    assert not second.done
+
+
+async def test_a_vanished_peer_is_lost() -> None:
+    w = World()
+    w.ready()
+    running = w.submit()
+    w.link.answer = "gone"
+    stream = w.fleet.open([1], 5)
+    assert not w.fleet.submit(stream, 0, Placement())
+    assert (w.state(), running.lost, stream.done) == ("restarting", True, False)
+
+
+async def test_drain() -> None:
+    w = World()
+    w.ready(0)
+    stream = w.submit()
+    w.fleet.drain()
+    assert (w.state(0), w.state(1), w.link.last()) == ("draining", "restarting", Drain(1))
+    w.say(tokens(1, stream, 3, end=Finish(stream.id, "length")))
+    assert stream.done
+
+
+async def test_cut_ends_with_an_error() -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    w.fleet.cut(stream, "stopping")
+    assert stream.finish == Finish(stream.id, "error", "stopping")
+    assert w.link.last() == Abort(1, (stream.id,))
+
+
+async def test_unavailable_says_why() -> None:
+    w = World()
+    w.start()
+    w.now += 7
+    assert "'m' is starting since 7 s" in w.fleet.unavailable("m").message or w.state(1)
+    w.fleet.park(0, "x")
+    w.fleet.park(1, "x")
+    error = w.fleet.unavailable("m")
+    assert "parked" in error.message
+    assert error.retry_after_s == 30
+
+
+async def test_samples() -> None:
+    w = World()
+    w.ready()
+    w.submit()
+    w.now += 2
+    sample = w.fleet.samples()[0]
+    assert (sample.running, sample.progress_age_s, sample.block_size) == (1, 2.0, 32)

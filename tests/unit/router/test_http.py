@@ -1,0 +1,127 @@
+"""Bodies and the watch for clients that leave, at the ASGI level."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from router.api.http import REPLY, Reply, read_json_body, while_connected
+from router.errors import ClientGone
+
+
+async def silent() -> Any:
+    await asyncio.Event().wait()
+
+
+def scope_of(send: Any) -> dict[str, Any]:
+    return {REPLY: Reply(send, "id"), "headers": [(b"content-type", b"application/json")]}
+
+
+async def test_the_result_of_the_work() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 5
+
+    assert await while_connected(scope_of(None), silent, work()) == 5
+
+
+async def test_its_error_too() -> None:
+    async def work() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await while_connected(scope_of(None), silent, work())
+
+
+async def test_a_lost_client_cancels_the_work() -> None:
+    ended = asyncio.Event()
+    asked = [{"type": "http.request"}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.001)
+        return asked.pop(0)
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.set()
+
+    with pytest.raises(ClientGone):
+        await while_connected(scope_of(None), receive, work())
+    assert ended.is_set()
+
+
+async def test_cancelled_from_outside_the_work_ends_too() -> None:
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    task = asyncio.ensure_future(while_connected(scope_of(None), silent, work()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def test_a_client_that_reads_nothing_is_given_up() -> None:
+    async def never_taken(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    scope = scope_of(never_taken)
+    work = scope[REPLY]({"type": "http.response.body"})
+    with pytest.raises(ClientGone):
+        await while_connected(scope, silent, work, stall_s=0.01)
+
+
+async def test_a_slow_reader_is_not() -> None:
+    async def slowly_taken(_: Any) -> None:
+        await asyncio.sleep(0.004)
+
+    scope = scope_of(slowly_taken)
+
+    async def work() -> int:
+        for _ in range(10):
+            await scope[REPLY]({"type": "http.response.body"})
+        return 1
+
+    assert await while_connected(scope, silent, work(), stall_s=0.01) == 1
+
+
+async def test_waiting_for_tokens_is_no_stall() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0.05)
+        return 1
+
+    assert await while_connected(scope_of(None), silent, work(), stall_s=0.01) == 1
+
+
+async def test_a_client_that_leaves_within_its_body() -> None:
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    with pytest.raises(ClientGone):
+        await read_json_body(scope_of(None), receive)
+
+
+async def test_a_body_in_parts() -> None:
+    parts = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.request", "body": b"}", "more_body": False},
+    ]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    assert await read_json_body(scope_of(None), receive) == b"{}"
