@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.checkpoint.facts import facts_of_config, read_checkpoint, read_config
 from engine.gguf import TENSOR_TYPES
+from router.checkpoint.facts import facts_of_config, read_checkpoint, read_config
 from router.checkpoint.gguf import read_gguf
 from router.checkpoint.safetensors import read_safetensors, weight_files
 from router.errors import EXIT_CONFIG, StartError
