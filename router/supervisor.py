@@ -145,6 +145,8 @@ def engine_environment(environ: Mapping[str, str], *, threads: int, device: str)
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device,
         "PYTHONUNBUFFERED": "1",
+        # Weights and KV on huge pages: measured 3 to 6 % off a decode step on the CPU (glibc only).
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
 
 

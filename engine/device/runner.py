@@ -24,12 +24,13 @@ from engine.device.weights import open_model
 from engine.models.decoder import Decoder
 from engine.models.registry import Target, build_decoder, read_spec
 from engine.models.spec import ModelSpec
-from engine.plan import Pending, Row, Sampled, StepPlan, TokenLogprobs
-from engine.protocol import Limits
+from engine.plan import Admit, Pending, Row, Sampled, StepPlan, TokenLogprobs
+from engine.protocol import Limits, Sampling
 from engine.quant.packed import cpu_method
 
 # Prompt logits are computed for so many positions at a time: 64 rows of 150k floats are 39 MB.
 _PROMPT_LOGIT_ROWS = 64
+_WARM_UP_TOKENS = 63
 
 
 class Device(NamedTuple):
@@ -157,6 +158,18 @@ def build_device(config: EngineConfig) -> Device:
         return _with_memory(config, spec, model, dtype, began)
 
 
+def warm_up(runner: Runner, num_tokens: int, config: EngineConfig) -> None:
+    """Runs a prompt and a decode step: the first request must not pay for kernels and pages.
+
+    What it leaves in slot 0 and in the first blocks is overwritten before anything reads it.
+    """
+    blocks = list(range(-(-(num_tokens + 1) // config.block_size)))
+    admit = Admit(0, [0] * num_tokens, num_tokens, blocks, Sampling(temperature=0.0), ())
+    prompt = Row(slot=0, id=0, start=0, count=num_tokens, samples=True)
+    runner.launch(StepPlan(0, [prompt], [admit], [], [])).result()
+    runner.launch(StepPlan(0, [Row(0, 0, num_tokens, 1, samples=True)], [], [], [])).result()
+
+
 def _with_memory(
     config: EngineConfig, spec: ModelSpec, model: Decoder, dtype: torch.dtype, began: float
 ) -> Device:
@@ -167,6 +180,7 @@ def _with_memory(
     cache = KvCache(spec, blocks, config.block_size, dtype, device)
     batch = Batch(config.max_batch, max_len, config.block_size, device, dtype)
     runner = Runner(model, cache, batch, ReferenceAttention(spec.attention_scale))
+    warm_up(runner, min(_WARM_UP_TOKENS, max_len - 1, blocks * config.block_size - 1), config)
     limits = Limits(
         max_len=max_len,
         vocab_size=spec.vocab_size,
