@@ -420,8 +420,8 @@ class TestCpuTable:
         empty = cpu.Results(Seconds([], [], []), cpu.RouterSamples(), cpu.ChunkSamples())
         assert cpu.table_lines(empty) == []
 
-    def test_decode_rate_counts_gaps(self) -> None:
-        assert cpu.decode_rate(GOOD) == pytest.approx(1.0)
+    def test_decode_rate_counts_tokens_not_events(self) -> None:
+        assert cpu.decode_rate(GOOD) == pytest.approx(2.0)
         with pytest.raises(RuntimeError):
             cpu.decode_rate(row())
 
