@@ -73,9 +73,8 @@ class Generations:
                 for prompt in prompts
             )
 
-        if all(isinstance(prompt, list) for prompt in prompts):
-            return work()
-        return await self._pool.run(work)
+        num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        return await self._pool.run_sized(num_chars, work)
 
     async def render(
         self,
@@ -108,7 +107,7 @@ class Generations:
                 tokenizer=model.tokenizer,
             )
 
-        return await self._pool.run(work)
+        return await self._pool.run_sized(num_chars, work)
 
     def check_room(self, model: ServedModel, prompt: Sequence[int], *, param: str) -> None:
         """Raises ContextLengthExceeded unless one more token fits."""

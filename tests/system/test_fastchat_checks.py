@@ -259,8 +259,7 @@ def test_check_07_nothing_outlives_a_killed_router(folder: Path) -> None:
         assert len(engines) == 2
         server.process.kill()
         server.process.wait()
-        _, alive = psutil.wait_procs(engines, timeout=2)
-        assert not alive
+        server.assert_nothing_left(2.0)
 
 
 @pytest.mark.parametrize(
