@@ -15,6 +15,8 @@ import pytest
 
 from tests.router_process import RouterProcess, Start, text_of, tiny_model
 
+pytestmark = pytest.mark.slow
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 
 
