@@ -26,6 +26,8 @@ from tests.router_process import (
     wait_gone,
 )
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"tokens_per_s": 20, "rules": [{"match": "*", "reply": "abc ", "repeat": True}]}
 
 
