@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from router.arguments import Invocation, parse
 from router.config import Placement, RouterConfig, place
-from router.errors import EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, StartError
+from router.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, StartError
 
 if TYPE_CHECKING:
     import socket
@@ -157,6 +157,10 @@ def make_plan(config: RouterConfig, environ: Mapping[str, str]) -> Plan:
     from router.devices import choose_devices, find_cards
     from router.memory import plan as plan_memory
 
+    if config.engine.quant != "none" and not config.engine.command:
+        raise StartError(
+            f"--quant {config.engine.quant} is not built in yet: leave it out", EXIT_CONFIG
+        )
     asked = config.gpus
     cards = [] if asked and set(asked) == {"cpu"} else find_cards()
     devices = choose_devices(asked, cards, environ.get("CUDA_VISIBLE_DEVICES"))

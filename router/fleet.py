@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Final, Literal, Protocol
 
 from engine import protocol
-from engine.protocol import Finish, Limits, Sampling, Stats
+from engine.protocol import Finish, FinishReason, Limits, Sampling, Stats
 from router import logs
 from router.errors import EXIT_CONFIG, Overloaded
 from router.metrics import Metrics, ReplicaSample
@@ -242,10 +242,10 @@ class Fleet:
         self._abort(stream)
         self._table.close(stream)
 
-    def cut(self, stream: Stream, reason: str) -> None:
-        """End the stream now with an error, wherever it is."""
+    def cut(self, stream: Stream, detail: str, reason: FinishReason = "error") -> None:
+        """End the stream now, wherever it is: by the engine's fault, or by our own "abort"."""
         self._abort(stream)
-        stream.end(Finish(stream.id, "error", reason))
+        stream.end(Finish(stream.id, reason, detail))
 
     def _abort(self, stream: Stream) -> None:
         index = stream.replica

@@ -165,7 +165,7 @@ class Lifecycle:
         self._admission.evict("The server is stopping.")
         cut = list(self._table)
         for stream in cut:
-            self._fleet.cut(stream, "The server is stopping.")
+            self._fleet.cut(stream, "The server is stopping.", "abort")
         self._metrics.shutdown_aborted.inc(len(cut))
         if cut:
             logs.warning("streams_cut", streams=len(cut))

@@ -188,6 +188,8 @@ def _refusal(result: MemoryPlan, device: str, demands: Sequence[Demand]) -> str:
 
 def _way_out(engines: Sequence[EnginePlan], free: int, demands: Sequence[Demand]) -> str:
     """The shortest advice that makes it fit."""
+    if any(demand.kv_bytes or demand.num_blocks for demand in demands):
+        return "ask for a smaller --kv-memory or --kv-blocks, or leave it out"
     spare = free - sum(engine.weights_bytes + ENGINE_BYTES for engine in engines)
     per_token = sum(engine.kv_bytes_per_token for engine in engines)
     block = max(demand.block_size for demand in demands)
@@ -196,7 +198,7 @@ def _way_out(engines: Sequence[EnginePlan], free: int, demands: Sequence[Demand]
         return f"it would fit with --max-len {held}"
     if any(engine.dtype == "float32" for engine in engines):
         return "try --dtype bfloat16, fewer engines or a smaller model"
-    return "try --quant int8, fewer engines or a smaller model"
+    return "try fewer engines or a smaller model"
 
 
 def _gb(num_bytes: int) -> str:

@@ -113,7 +113,8 @@ def test_the_deadline_cuts_with_an_error_event(start: Start) -> None:
     router.signal(signal.SIGTERM)
     for client in clients:
         *_, error, done = client.finish()
-        assert error["error"]["code"] == "internal_error"
+        assert error["error"]["code"] == "server_is_overloaded"
+        assert error["error"]["message"] == "The server is stopping."
         assert done == "[DONE]"
         assert client.error is None
     assert router.wait() == 0

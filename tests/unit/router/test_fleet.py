@@ -338,6 +338,9 @@ async def test_cut_ends_with_an_error() -> None:
     w.fleet.cut(stream, "stopping")
     assert stream.finish == Finish(stream.id, "error", "stopping")
     assert w.link.last() == Abort(1, (stream.id,))
+    other = w.submit()
+    w.fleet.cut(other, "The server is stopping.", "abort")
+    assert other.finish == Finish(other.id, "abort", "The server is stopping.")
 
 
 async def test_unavailable_says_why() -> None:

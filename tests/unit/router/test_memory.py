@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit() -> None:
     with pytest.raises(StartError, match="try --dtype bfloat16") as caught:
         plan([demand()], {"cpu": 500 * MIB})
     assert caught.value.code == EXIT_NO_MEMORY
-    with pytest.raises(StartError, match="try --quant int8"):
+    with pytest.raises(StartError, match="try fewer engines"):
         plan([demand(dtype="bfloat16")], {"cpu": 500 * MIB})
 
 
@@ -116,6 +116,8 @@ def test_a_given_cache_is_kept() -> None:
     with pytest.raises(StartError, match="less than --max-len") as caught:
         plan([demand(num_blocks=10, max_len=321)], {"cpu": 8 * GIB})
     assert caught.value.code == EXIT_NO_MEMORY
+    with pytest.raises(StartError, match="smaller --kv-memory"):
+        plan([demand(kv_bytes=100 * GIB)], {"cpu": 8 * GIB})
 
 
 def test_a_length_beyond_the_model() -> None:
@@ -134,7 +136,7 @@ def test_a_known_gpu_is_used_up() -> None:
     (engine,) = plan([demand(device="0")], {"0": 15 * GIB}).engines
     assert 11 * GIB < engine.kv_bytes < 13 * GIB
     assert engine.max_len == 8192
-    with pytest.raises(StartError, match="try --quant int8"):
+    with pytest.raises(StartError, match="try fewer engines"):
         plan([demand(device="0")], {"0": 600 * MIB})
 
 

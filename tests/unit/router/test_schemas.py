@@ -76,7 +76,7 @@ def test_missing_fields(missing: str) -> None:
         b'{"model":"\\ud83d","messages":[]}',
         b'{"model":"\xff","messages":[]}',
         b'{"a":' + b"[" * 100_000,
-        b'{"model":"m","prompt":' + b"[" * 3000 + b"]" * 3000 + b"}",
+        b'{"model":"m","prompt":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     ],
 )
 def test_what_is_no_json_is_a_400(raw: bytes) -> None:
