@@ -20,6 +20,7 @@ from engine.device.batch import Batch
 from engine.device.kv import KvCache
 from engine.device.memory import num_blocks
 from engine.device.sampling import SlotSampling, sample, token_logprobs
+from engine.device.threads import ThreadGovernor
 from engine.device.weights import open_model
 from engine.models.decoder import Decoder
 from engine.models.registry import Target, build_decoder, read_spec
@@ -53,16 +54,32 @@ class Runner:
     """See `engine.plan.RunnerLike`."""
 
     def __init__(
-        self, model: Decoder, cache: KvCache, batch: Batch, attention: AttentionBackend
+        self,
+        model: Decoder,
+        cache: KvCache,
+        batch: Batch,
+        attention: AttentionBackend,
+        threads: ThreadGovernor,
     ) -> None:
         self._model = model
+        self._threads = threads
         self._cache = cache
         self._batch = batch
         self._attention = attention
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Pending:
         """Applies the plan; the sampled tokens are in their slots' rows when the next plan runs."""
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
+        done = self._run(plan)
+        now_s = time.monotonic()
+        before = self._threads.threads
+        after = self._threads.observe(now_s, now_s - began_s, time.process_time() - began_cpu_s)
+        if after != before:
+            torch.set_num_threads(after)
+        return done
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> Done:
         self._cache.copy(plan.copies)
         self._batch.apply(plan)
         rows = plan.rows
@@ -179,7 +196,8 @@ def _with_memory(
     blocks = num_blocks(config, block_bytes, max_len)
     cache = KvCache(spec, blocks, config.block_size, dtype, device)
     batch = Batch(config.max_batch, max_len, config.block_size, device, dtype)
-    runner = Runner(model, cache, batch, ReferenceAttention(spec.attention_scale))
+    attention = ReferenceAttention(spec.attention_scale)
+    runner = Runner(model, cache, batch, attention, ThreadGovernor(config.threads))
     warm_up(runner, min(_WARM_UP_TOKENS, max_len - 1, blocks * config.block_size - 1), config)
     limits = Limits(
         max_len=max_len,
