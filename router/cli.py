@@ -274,6 +274,9 @@ def _specs(
     from router.supervisor import EngineSpec, available_cores, engine_environment, plan_threads
 
     options = config.engine
+    # "python" in an --engine-command is the interpreter of the router, as in a shell of its venv.
+    folder = str(Path(sys.executable).parent)
+    environ = {**environ, "PATH": os.pathsep.join([folder, environ.get("PATH", os.defpath)])}
     threads = plan_threads(available_cores(), len(plan.replicas), options.threads)
     specs: list[EngineSpec] = []
     for index, (replica, engine) in enumerate(zip(plan.replicas, plan.engines, strict=True)):

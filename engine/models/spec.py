@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.config import ModelError
 
@@ -102,24 +103,17 @@ def _rope(read: _Keys, head_dim: int, max_len: int) -> RopeSpec:
         "rope_theta", read.number("rope_theta", 10000.0)
     )
     kind = scaling.text("rope_type", scaling.text("type", "default"))
-    interleaved = read.flag("rope_interleaved")
+    plain = RopeSpec(theta=theta, dim=head_dim, interleaved=read.flag("rope_interleaved"))
     if kind in ("default", "none"):
-        return RopeSpec(theta=theta, dim=head_dim, interleaved=interleaved)
+        return plain
+    factor = scaling.number("factor")
     if kind == "linear":
-        return RopeSpec(
-            theta=theta,
-            dim=head_dim,
-            interleaved=interleaved,
-            scaling="linear",
-            factor=scaling.number("factor"),
-        )
+        return replace(plain, scaling="linear", factor=factor)
     if kind == "llama3":
-        return RopeSpec(
-            theta=theta,
-            dim=head_dim,
-            interleaved=interleaved,
+        return replace(
+            plain,
             scaling="llama3",
-            factor=scaling.number("factor"),
+            factor=factor,
             low_freq_factor=scaling.number("low_freq_factor"),
             high_freq_factor=scaling.number("high_freq_factor"),
             original_max_len=scaling.size("original_max_position_embeddings", max_len),

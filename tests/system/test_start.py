@@ -201,6 +201,15 @@ def test_an_engine_command_that_cannot_run(start: Start, tmp_path: Path) -> None
     assert "/no/such/program" in router.log.splitlines()[-1]
 
 
+def test_python_in_an_engine_command_is_the_routers(start: Start, tmp_path: Path) -> None:
+    script = tmp_path / "script.json"
+    script.write_text('{"rules": [{"match": "*", "reply": "ok"}]}')
+    models = ("--models", f"tiny={tiny_model(tmp_path / 'tiny')}")
+    command = f"python tools/fake_engine.py --script {script}"
+    router = start("--engine-command", command, *models, env={"PATH": "/usr/bin:/bin"})
+    assert router.complete("hello").json()["choices"][0]["text"] == "ok"
+
+
 def test_leftovers_of_a_killed_router_are_removed(start: Start) -> None:
     first = start(script={})
     assert first.url
