@@ -181,9 +181,9 @@ class Admission:
         for gate in self._gates.values():
             gate.close(reason)
 
-    def evict(self, reason: str) -> None:
-        """Refuse those who wait."""
-        for gate in self._gates.values():
+    def evict(self, reason: str, model: str | None = None) -> None:
+        """Refuse those who wait, for one model or for any."""
+        for gate in self._gates.values() if model is None else [self._gates[model]]:
             gate.evict(reason)
 
     def views(self) -> list[GateView]:

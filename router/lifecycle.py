@@ -93,6 +93,9 @@ class Lifecycle:
     def _on_change(self, replica: Replica) -> None:
         self._supervisor.changed(replica.index, replica.state, replica.reason)
         self._admission.refresh(replica.model)
+        if all(each.state == "parked" for each in self._fleet.of_model(replica.model)):
+            # Nobody will serve those who wait, and without a time limit they would wait for ever.
+            self._admission.evict(self._fleet.unavailable(replica.model).message, replica.model)
         if replica.state != "starting":
             self._tried.add(replica.index)
         if replica.state == "ready":

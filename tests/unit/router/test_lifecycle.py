@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 import time
@@ -12,6 +13,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.protocol import PROTOCOL_VERSION, Limits, Ready, encode
 from router.admission import Admission, Gate
+from router.errors import Overloaded
 from router.fleet import Fleet
 from router.lifecycle import Lifecycle, bind, raise_descriptor_limit, url_of
 from router.link import IpcLink
@@ -49,7 +51,8 @@ class World:
         specs = [EngineSpec(model, ("true",), {}, config) for model in ("a", "b")]
         supervisor = Supervisor(specs, self.fleet, metrics, on_fatal="wait", clock=time.monotonic)
         gates = [Gate(m, 1, lambda: self.fleet.ready_count("a"), time.monotonic) for m in "ab"]
-        self.life = Lifecycle(self.fleet, link, supervisor, Admission(gates), table, metrics)
+        self.admission = Admission(gates)
+        self.life = Lifecycle(self.fleet, link, supervisor, self.admission, table, metrics)
 
     def load(self, index: int) -> None:
         self.fleet.start(index, 1, b"%d" % index)
@@ -103,3 +106,21 @@ async def test_answers_while_stopping_close_the_connection(phase: Any, closes: b
     await life.closing(app)({"type": "http"}, receive, send)
     assert ((b"connection", b"close") in sent[0]["headers"]) is closes
     assert sent[1]["body"] == b"x"
+
+
+async def wait_for_permit(world: World) -> None:
+    async with world.admission.permit("b"):
+        raise AssertionError("there is no permit to be had")
+
+
+async def test_nobody_waits_for_a_model_that_was_given_up() -> None:
+    world = World()
+    world.load(1)
+    waiting = asyncio.create_task(wait_for_permit(world))
+    await asyncio.sleep(0)
+    world.fleet.lose(1, "crash")
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    world.fleet.park(1, "five crashes")
+    with pytest.raises(Overloaded, match="'b' is parked"):
+        await asyncio.wait_for(waiting, 5)
