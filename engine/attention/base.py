@@ -1,7 +1,8 @@
 """What one step tells every attention layer, and the protocol that a backend fulfils.
 
-Shapes: `q` is [num_tokens, num_heads, head_dim], `k` and `v` are [num_tokens, kv_heads, head_dim].
-The KV memory of one layer is [2, kv_heads, num_blocks, block_size, head_dim] (keys, then values).
+Shapes: `q` is [num_tokens, num_heads, head_dim]; `kv` is [num_tokens, 2 * kv_heads, head_dim]: all
+key heads, then all value heads, as the packed projection leaves them. The KV memory of one layer is
+[2 * kv_heads, num_blocks, block_size, head_dim] in the same order, so that one copy writes both.
 Query head i reads kv head i // (num_heads // kv_heads).
 """
 
@@ -52,8 +53,6 @@ class AttentionInputs(NamedTuple):
 class AttentionBackend(Protocol):
     """Chosen once in the device's builder; a backend is a file."""
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer_kv: Tensor, inputs: AttentionInputs
-    ) -> Tensor:
-        """Writes k and v to `inputs.slots`, attends; returns [num_tokens, num_heads * head_dim]."""
+    def attend(self, q: Tensor, kv: Tensor, layer_kv: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Writes kv to `inputs.slots`, attends; returns [num_tokens, num_heads * head_dim]."""
         ...

@@ -14,7 +14,7 @@ from engine.plan import Copy
 
 
 class KvCache:
-    """`layers[i]` is [2, kv_heads, num_blocks, block_size, head_dim]: keys, then values."""
+    """`layers[i]` is [2 * kv_heads, num_blocks, block_size, head_dim]: key heads, value heads."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (2, spec.kv_heads, num_blocks, block_size, spec.head_dim)
+        shape = (2 * spec.kv_heads, num_blocks, block_size, spec.head_dim)
         self.layers: list[Tensor] = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
 
     @property
@@ -36,7 +36,7 @@ class KvCache:
         """Copies the first tokens of blocks into others, as planned."""
         for copy in copies:
             for layer in self.layers:
-                layer[:, :, copy.target, : copy.count] = layer[:, :, copy.source, : copy.count]
+                layer[:, copy.target, : copy.count] = layer[:, copy.source, : copy.count]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

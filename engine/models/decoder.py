@@ -65,20 +65,14 @@ class Decoder:
         Writes the keys and values of all tokens into `kv`, one tensor a layer.
         """
         spec = self._spec
-        rotated = spec.num_heads + spec.kv_heads
+        queries, rotated = spec.num_heads, spec.num_heads + spec.kv_heads
         heads = rotated + spec.kv_heads
         rotations = self._rope.at(positions)
         hidden = F.embedding(ids, self._embedding)
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             qkv = layer.qkv(layer.input_norm(hidden)).view(-1, heads, spec.head_dim)
-            qk = self._rope(qkv[:, :rotated], rotations)
-            mixed = attention.attend(
-                qk[:, : spec.num_heads],
-                qk[:, spec.num_heads :],
-                qkv[:, rotated:],
-                layer_kv,
-                inputs,
-            )
+            self._rope.rotate_(qkv[:, :rotated], rotations)
+            mixed = attention.attend(qkv[:, :queries], qkv[:, queries:], layer_kv, inputs)
             hidden = layer.output.add(mixed, hidden)
             hidden = layer.mlp.add(layer.mlp_norm(hidden), hidden)
         return hidden

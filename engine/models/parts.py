@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.spec import RopeSpec
@@ -37,20 +38,27 @@ class RmsNorm:
 
 
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)), added to the residual."""
+    """down(silu(gate(x)) * up(x)), added to the residual.
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
-        self._gate = gate
-        self._up = up
+    `gate_up` packs both projections, gate rows first. One product of both is faster than two with
+    the activation fused into the first (measured on the CPU, one row: 160 against 175 µs).
+    """
+
+    def __init__(self, gate_up: Linear, down: Linear, ffn_size: int) -> None:
+        self._gate_up = gate_up
         self._down = down
+        self._ffn_size = ffn_size
 
     @property
     def nbytes(self) -> int:
-        return self._gate.nbytes + self._up.nbytes + self._down.nbytes
+        """Memory held by the weights."""
+        return self._gate_up.nbytes + self._down.nbytes
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """[num_tokens, hidden] -> [num_tokens, hidden]; `residual` may be overwritten."""
-        return self._down.add(self._gate.silu(x).mul_(self._up(x)), residual)
+        packed = self._gate_up(x)
+        gate, up = packed[:, : self._ffn_size], packed[:, self._ffn_size :]
+        return self._down.add(F.silu(gate, inplace=True).mul_(up), residual)
 
 
 class Rope:
@@ -71,21 +79,23 @@ class Rope:
         """Rotations of these positions, complex64 [num_tokens, 1, dim / 2]: once a step."""
         return self._rotations[positions].unsqueeze(1)
 
-    def __call__(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Rotates the first `dim` values of each head of x [num_tokens, num_heads, head_dim]."""
-        dim = self._spec.dim
-        if dim < x.shape[-1]:
-            return torch.cat((self._rotate(x[..., :dim], rotations), x[..., dim:]), -1)
-        return self._rotate(x, rotations)
+    def rotate_(self, x: Tensor, rotations: Tensor) -> None:
+        """Rotates the first `dim` values of each head of x [num_tokens, num_heads, head_dim].
 
-    def _rotate(self, x: Tensor, rotations: Tensor) -> Tensor:
+        In place: queries and keys stay where the packed projection put them, beside the values.
+        """
+        if self._spec.dim < x.shape[-1]:
+            x = x[..., : self._spec.dim]
         wide = x.float()
         if self._spec.interleaved:
-            pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))
-            return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+            torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(rotations)
+            if wide is not x:
+                x.copy_(wide)
+            return
         half = self._spec.dim // 2
-        turned = torch.complex(wide[..., :half], wide[..., half:]) * rotations
-        return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+        turned = torch.complex(wide[..., :half], wide[..., half:]).mul_(rotations)
+        x[..., :half] = turned.real
+        x[..., half:] = turned.imag
 
 
 def _frequencies(spec: RopeSpec) -> Tensor:

@@ -16,7 +16,7 @@ from engine.config import ModelError
 from engine.models.decoder import Decoder, Layer
 from engine.models.parts import GatedMlp, RmsNorm
 from engine.models.spec import ModelSpec, llama_spec
-from engine.quant.base import LinearMethod
+from engine.quant.base import Linear, LinearMethod
 
 _SPECS: dict[str, Callable[[Mapping[str, Any]], ModelSpec]] = {"LlamaForCausalLM": llama_spec}
 
@@ -74,35 +74,26 @@ def _layer(spec: ModelSpec, source: TensorSource, target: Target, index: int) ->
     def read(name: str, *shape: int) -> Tensor:
         return source.get(prefix + name, shape).to(target.device, target.dtype)
 
-    def bias(name: str, rows: int, present: bool) -> Tensor | None:
-        return read(f"{name}.bias", rows) if present else None
+    def packed(parts: list[tuple[str, int]], with_bias: bool) -> Linear:
+        """Several projections of the hidden state as one product, rows in the order given."""
+        weight = torch.cat([read(f"{name}.weight", rows, hidden) for name, rows in parts])
+        bias = torch.cat([read(f"{n}.bias", r) for n, r in parts]) if with_bias else None
+        return target.method(weight, bias)
 
-    parts = [
+    def single(name: str, columns: int, with_bias: bool) -> Linear:
+        bias = read(f"{name}.bias", hidden) if with_bias else None
+        return target.method(read(f"{name}.weight", hidden, columns), bias)
+
+    attention = [
         ("self_attn.q_proj", q_rows),
         ("self_attn.k_proj", kv_rows),
         ("self_attn.v_proj", kv_rows),
     ]
-    qkv = torch.cat([read(f"{name}.weight", rows, hidden) for name, rows in parts])
-    biases = [b for name, rows in parts if (b := bias(name, rows, spec.qkv_bias)) is not None]
-    linear = target.method
+    gate_up = packed([("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)], spec.mlp_bias)
     return Layer(
         input_norm=_norm(spec, source, target, prefix + "input_layernorm.weight"),
-        qkv=linear(qkv, torch.cat(biases) if biases else None),
-        output=linear(
-            read("self_attn.o_proj.weight", hidden, q_rows),
-            bias("self_attn.o_proj", hidden, spec.output_bias),
-        ),
+        qkv=packed(attention, spec.qkv_bias),
+        output=single("self_attn.o_proj", q_rows, spec.output_bias),
         mlp_norm=_norm(spec, source, target, prefix + "post_attention_layernorm.weight"),
-        mlp=GatedMlp(
-            linear(
-                read("mlp.gate_proj.weight", ffn, hidden), bias("mlp.gate_proj", ffn, spec.mlp_bias)
-            ),
-            linear(
-                read("mlp.up_proj.weight", ffn, hidden), bias("mlp.up_proj", ffn, spec.mlp_bias)
-            ),
-            linear(
-                read("mlp.down_proj.weight", hidden, ffn),
-                bias("mlp.down_proj", hidden, spec.mlp_bias),
-            ),
-        ),
+        mlp=GatedMlp(gate_up, single("mlp.down_proj", ffn, spec.mlp_bias), ffn),
     )

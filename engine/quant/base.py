@@ -2,8 +2,8 @@
 
 Owns the weights of one layer. Must not know models or attention.
 
-The epilogues (`silu`, `add`) exist because a kernel can apply them for free while the result is
-still in registers; a method that cannot computes the same in two steps.
+`add` exists because a kernel can add the residual for free while the result is still in registers;
+a method that cannot does the same in two steps.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ class Linear(Protocol):
         ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
-
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(y)."""
-        ...
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """y + residual; `residual` has the shape of y and may be overwritten."""
@@ -52,9 +48,6 @@ class DenseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
-
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(F.linear(x, self._weight, self._bias), inplace=True)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual.add_(F.linear(x, self._weight, self._bias))

@@ -35,10 +35,6 @@ class PackedLinear:
         y: Tensor = self._pointwise(x, self._weight, self._bias, "none", [], "")
         return y
 
-    def silu(self, x: Tensor) -> Tensor:
-        y: Tensor = self._pointwise(x, self._weight, self._bias, "swish", [], "")
-        return y
-
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         y: Tensor = self._binary(x, residual, self._weight, self._bias, "add")
         return y

@@ -42,7 +42,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def test_equals_dense_attention(steps: list[list[tuple[int, int, int]]]) -> None:
     generator = torch.Generator().manual_seed(1)
     batch = Batch(3, 64, BLOCK, torch.device("cpu"), torch.float32)
-    memory = torch.zeros(2, KV_HEADS, 64, BLOCK, HEAD)
+    memory = torch.zeros(2 * KV_HEADS, 64, BLOCK, HEAD)
     attention = ReferenceAttention(SCALE)
     # Block numbers are shuffled, so that no test passes by accident of order.
     blocks = torch.randperm(64, generator=generator).view(4, 16).tolist()
@@ -55,7 +55,7 @@ def test_equals_dense_attention(steps: list[list[tuple[int, int, int]]]) -> None
         total = sum(row.count for row in rows)
         q = torch.randn(total, HEADS, HEAD, generator=generator)
         k, v = torch.randn(2, total, KV_HEADS, HEAD, generator=generator)
-        out = attention.attend(q, k, v, memory, inputs.attention)
+        out = attention.attend(q, torch.cat((k, v), 1), memory, inputs.attention)
         for index, row in enumerate(rows):
             end = inputs.last[index] + 1
             span = slice(end - row.count, end)

@@ -160,7 +160,6 @@ def test_packed_linear_equals_the_plain_one(num_tokens: int, bias: bool) -> None
     assert packed.nbytes == plain.nbytes
     for got, want in (
         (packed(x), plain(x)),
-        (packed.silu(x), plain.silu(x)),
         (packed.add(x, residual.clone()), plain.add(x, residual.clone())),
     ):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
