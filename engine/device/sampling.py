@@ -19,6 +19,11 @@ from engine.protocol import Sampling
 
 # Below this temperature the answer is the greedy one (and the division would overflow).
 _GREEDY_BELOW = 1e-5
+# Constants of splitmix64, as signed 64-bit integers.
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_INT64_MAX = (1 << 63) - 1
 # Candidates that are sorted for top-p before the whole vocabulary is.
 _TOP_P_WINDOW = 256
 
@@ -100,7 +105,12 @@ def edit_logits(logits: Tensor, slot: SlotSampling, known: Tensor) -> None:
 
 
 def _draw(logits: Tensor, slots: list[SlotSampling], known: list[Tensor]) -> Tensor:
-    """Inverse-transform sampling over the kept tokens in id order: one uniform number a row."""
+    """One token a row by an exponential race: the largest probability / noise wins.
+
+    The race (Gumbel-max, said with exponentials) rather than the inverse of the cumulative sum:
+    a rounding error of the logits moves every border of a cumulative sum, and in the flat tail of
+    49,000 tokens that is another token; here it only matters between two that nearly tie.
+    """
     device = logits.device
 
     def column(values: list[float]) -> Tensor:
@@ -112,11 +122,9 @@ def _draw(logits: Tensor, slots: list[SlotSampling], known: list[Tensor]) -> Ten
         probabilities.masked_fill_(probabilities < floor, 0.0)
     for row, slot in enumerate(slots):
         _keep_top(probabilities[row], slot.params)
-    sums = probabilities.cumsum(-1, dtype=torch.float64)
-    uniform = [noise(slot.params.seed, len(row)) for slot, row in zip(slots, known, strict=True)]
-    wanted = torch.tensor(uniform, dtype=torch.float64, device=device)[:, None] * sums[:, -1:]
-    # `right`: the first token whose cumulative sum exceeds the number, never one of probability 0.
-    return torch.searchsorted(sums, wanted, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    keys = [noise_key(slot.params.seed, len(row)) for slot, row in zip(slots, known, strict=True)]
+    race = exponentials(torch.tensor(keys, device=device), logits.shape[-1])
+    return probabilities.div_(race).argmax(-1)
 
 
 def _keep_top(probabilities: Tensor, params: Sampling) -> None:
@@ -137,10 +145,25 @@ def _keep_top(probabilities: Tensor, params: Sampling) -> None:
         probabilities.masked_fill_(probabilities < kept[-1], 0.0)
 
 
-def noise(seed: int, position: int) -> float:
-    """A uniform number in [0, 1): 53 bits of a hash of (seed, position)."""
+def noise_key(seed: int, position: int) -> int:
+    """64 bits for one token's noise, as a signed integer: a hash of (seed, position)."""
     digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def exponentials(keys: Tensor, vocab: int) -> Tensor:
+    """int64 [n] keys -> float32 [n, vocab], exponentially distributed and above 0.
+
+    A counter-based generator: entry i is the splitmix64 output number i of its row's key (Steele,
+    Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    z = torch.arange(vocab, device=keys.device).mul_(_GOLDEN_GAMMA) + keys[:, None]
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        z.bitwise_xor_((z >> shift).bitwise_and_(_INT64_MAX >> (shift - 1))).mul_(factor)
+    z.bitwise_xor_((z >> 31).bitwise_and_(_INT64_MAX >> 30))
+    # Floats are finest near 0, and the winners of the race are there.
+    uniform = z.bitwise_and_(_INT64_MAX).float().mul_(2.0**-63)
+    return uniform.neg_().log1p_().neg_().clamp_(min=1e-30)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, rivals: int) -> TokenLogprobs:
