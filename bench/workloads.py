@@ -35,7 +35,7 @@ _WORD_TEXT = (
     "effort rate heart drug show leader light voice wife police mind price report decision son "
     "view relationship town road arm difference value building action season society tax director"
 )
-_WORDS = tuple(_WORD_TEXT.split())
+WORDS = tuple(_WORD_TEXT.split())
 # The lowest ids are special tokens in most vocabularies.
 FIRST_PLAIN_ID = 32
 
@@ -213,7 +213,7 @@ def turn_messages(turn: Turn) -> list[Message]:
 
 def _draw(shape: Shape, rnd: random.Random, length: int) -> list[Any]:
     if shape.kind == "words":
-        return rnd.choices(_WORDS, k=length)
+        return rnd.choices(WORDS, k=length)
     first = min(FIRST_PLAIN_ID, shape.vocab - 1)
     return [rnd.randrange(first, shape.vocab) for _ in range(length)]
 

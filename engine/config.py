@@ -13,6 +13,7 @@ import msgspec
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantName = Literal["none", "int8", "fp8", "nf4", "bnb-int8"]
 LoadFormat = Literal["auto", "dummy"]
+RopeRule = Literal["auto", "base", "linear"]
 
 
 class ModelError(Exception):
@@ -46,6 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     step_tokens: int = 512  # token budget of one step, decode rows included
     prefix_cache: bool = True
     overlap: int = 0  # steps the host may run ahead: 0 or 1
+    text_ids: int = 0  # ids from here on have no text and are never sampled; 0 = all have one
+    rope_rule: RopeRule = "auto"  # what ChatGLM's rope_ratio means; auto = decide from the model
 
     @property
     def identity(self) -> bytes:

@@ -47,6 +47,7 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
     10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
@@ -68,6 +69,9 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
 
 _MAX_KEY_BYTES, _MAX_NAME_BYTES, _MAX_DIMENSIONS = 65_535, 1024, 8
@@ -263,6 +267,8 @@ def _sized(entry: tuple[str, tuple[int, ...], int, int], base: int, alignment: i
     if kind not in TENSOR_TYPES:
         raise _Broken(f"tensor {name!r} has the unknown type {kind}")
     type_name, values, size = TENSOR_TYPES[kind]
+    if 0 in shape:
+        raise _Broken(f"tensor {name!r} has no values: its shape is {list(shape)}")
     if shape[0] % values:
         raise _Broken(f"tensor {name!r} has rows of {shape[0]} values, {type_name} needs {values}")
     if offset % alignment:

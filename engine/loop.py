@@ -38,6 +38,9 @@ EXIT_DRAINED = 0
 _STEPS_PER_COLLECTION = 10_000
 # A step expected to take longer announces itself, well before a router would call it a hang.
 _LONG_STEP_S = 5.0
+# A step of this length is not felt by running streams: background work may fill it up.
+_SMOOTH_STEP_S = 0.05
+_SHORTEST_STEP_S = 1e-5  # what a clock may show as nothing
 
 
 class SchedulerLike(Protocol):
@@ -51,21 +54,26 @@ class SchedulerLike(Protocol):
     def counters(self) -> Counters: ...
     def add(self, submit: Submit) -> None: ...
     def abort(self, ids: Sequence[int]) -> None: ...
-    def plan(self) -> StepPlan | None: ...
+    def plan(self, smooth_tokens: int = ..., /) -> StepPlan | None: ...
     def commit(self, plan: StepPlan, sampled: Sampled) -> None: ...
     def take_output(self) -> StepOutput | None: ...
 
 
 class StepClock:
-    """Predicts a step's seconds from its tokens, to tell a long step from a hang.
+    """Relates a step's seconds to its tokens, as measured.
 
-    Only steps of at least `LARGE` tokens count: smaller ones are bound by reading the weights, and
-    their seconds per token say nothing about a prompt.
+    `expected_s` tells a long step from a hang. Only steps of at least `LARGE` tokens count: smaller
+    ones are bound by reading the weights, and their seconds per token say nothing about a prompt.
+
+    `smooth_tokens` is the size of a step that running streams do not feel. Whatever part of a step
+    is spent on reading weights, scaling the size of a step that took too long by the excess, and
+    that of a short one by what is missing, comes to rest where a step takes that long.
     """
 
     LARGE = 64
 
     def __init__(self, s_per_token: float = 0.1) -> None:
+        self.smooth_tokens = 1
         self._s_per_token = s_per_token  # a slow guess until something was measured
 
     def expected_s(self, num_tokens: int) -> float:
@@ -76,6 +84,9 @@ class StepClock:
         """Record a finished step."""
         if num_tokens >= self.LARGE:
             self._s_per_token = took_s / num_tokens
+        fitting = int(num_tokens * _SMOOTH_STEP_S / max(took_s, _SHORTEST_STEP_S))
+        if took_s > _SMOOTH_STEP_S or fitting > self.smooth_tokens:
+            self.smooth_tokens = fitting
 
 
 class _Launched(NamedTuple):
@@ -109,6 +120,7 @@ class EngineLoop:
         self._clock = clock
         self._step_clock = StepClock()
         self._launched: deque[_Launched] = deque()
+        self._free_s = 0.0  # since when the device works on no earlier step
         self._draining = False
         self._terminations = 0
 
@@ -167,7 +179,7 @@ class EngineLoop:
             self.exit_code = 128 + signal_number
 
     def _advance(self) -> Iterator[ToRouter]:
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._step_clock.smooth_tokens)
         if plan is not None:
             num_tokens = sum(row.count for row in plan.rows)
             expected_s = self._step_clock.expected_s(num_tokens)
@@ -188,7 +200,10 @@ class EngineLoop:
 
     def _commit(self, done: _Launched) -> None:
         sampled = done.pending.result()
-        self._step_clock.learn(done.num_tokens, self._clock() - done.at_s)
+        now_s = self._clock()
+        # A step launched ahead has begun when the one before it was done.
+        self._step_clock.learn(done.num_tokens, now_s - max(done.at_s, self._free_s))
+        self._free_s = now_s
         self._scheduler.commit(done.plan, sampled)
 
 

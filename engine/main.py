@@ -20,10 +20,11 @@ import zmq
 
 from engine.blocks import BlockPool
 from engine.config import EngineConfig, ModelError, NotEnoughMemory, decode_config
+from engine.encoding import EncoderScheduler
 from engine.link import RouterLink, catch_signals, connect, leave_with_parent, send
-from engine.loop import EngineLoop, run
+from engine.loop import EngineLoop, SchedulerLike, run
 from engine.prefix import PrefixIndex
-from engine.protocol import PROTOCOL_VERSION, Busy, Fatal, Ready
+from engine.protocol import PROTOCOL_VERSION, Busy, Fatal, Limits, Ready
 from engine.scheduler import Scheduler
 
 EXIT_USAGE = 64
@@ -64,14 +65,21 @@ def build_loop(config: EngineConfig) -> tuple[EngineLoop, Ready]:
 
     Raises `ModelError` or `NotEnoughMemory`.
     """
-    from engine.device.runner import build_device
+    from engine.device.build import build_device
 
     runner, limits = build_device(config)
-    index = PrefixIndex(os.urandom(32)) if config.prefix_cache else None
-    pool = BlockPool(limits.num_blocks, limits.block_size, index)
-    scheduler = Scheduler(pool, limits, step_tokens=config.step_tokens, epoch=config.epoch)
+    scheduler = build_scheduler(config, limits)
     loop = EngineLoop(scheduler, runner, epoch=config.epoch, overlap=config.overlap)
     return loop, Ready(config.epoch, PROTOCOL_VERSION, limits)
+
+
+def build_scheduler(config: EngineConfig, limits: Limits) -> SchedulerLike:
+    """The decisions that fit the model: of one that generates, over a pool of KV blocks."""
+    if not limits.generates:
+        return EncoderScheduler(limits, step_tokens=config.step_tokens, epoch=config.epoch)
+    index = PrefixIndex(os.urandom(32)) if config.prefix_cache else None
+    pool = BlockPool(limits.num_blocks, limits.block_size, index)
+    return Scheduler(pool, limits, step_tokens=config.step_tokens, epoch=config.epoch)
 
 
 def serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> int:

@@ -7,11 +7,13 @@ written into the slot's token row on the device, so the next plan may refer to i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
 
-from engine.protocol import Sampling
+from engine.protocol import Pooling, Sampling
 
 
 class Admit(NamedTuple):
@@ -23,6 +25,7 @@ class Admit(NamedTuple):
     blocks: list[int]
     sampling: Sampling
     stop_ids: tuple[int, ...]  # masked while fewer than sampling.min_new tokens are generated
+    pooling: Pooling | None = None  # an embedding is wanted once all of the prompt is computed
 
 
 class Grow(NamedTuple):
@@ -75,12 +78,15 @@ class Sampled(NamedTuple):
     first entry is the log-probability of token `start + 1` (the one after the row's first), and
     a row whose chunk ends the prompt gives `count - 1` entries, any other one `count`.
     A row named in `failed` (index into `plan.rows`) gave no valid result; the text says why.
+    `embeddings` maps an index into `plan.rows`, of a row that ends a pooled prompt, to its float32
+    values.
     """
 
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: dict[int, TokenLogprobs]
     failed: dict[int, str]
+    embeddings: Mapping[int, bytes] = MappingProxyType({})
 
 
 class Pending(Protocol):

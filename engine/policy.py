@@ -11,11 +11,29 @@ from engine.request import Sequence
 
 _RESERVE_SHARE = 100
 _COPY_SHARE = 8
+# Slots that sequences with pooling leave free, so that a chat finds one.
+_KEPT_SLOTS_SHARE = 4
+# Tokens that pooled sequences get in any step: a few more in a forward pass are nearly free.
+_FEW_TOKENS = 8
 
 
-def admission_order(sequence: Sequence) -> tuple[int, int]:
-    """Sort key of both queues: lower priority number first, then first come, first served."""
+def admission_order(sequence: Sequence) -> tuple[bool, int, int]:
+    """Sort key of both queues: those with pooling last, whatever their priority number; then lower
+    priority number first, then first come, first served."""
     return sequence.rank
+
+
+def pooled_slots(max_batch: int) -> int:
+    """Most slots that sequences with pooling may have at once."""
+    return max(1, max_batch - -(-max_batch // _KEPT_SLOTS_SHARE))
+
+
+def pooled_budget(left: int, used: int, smooth_tokens: int) -> int:
+    """Tokens for pooled sequences in a step of which others use `used` and `left` could be used.
+
+    `smooth_tokens` is the size of a step that running streams do not feel.
+    """
+    return min(left, max(smooth_tokens - used, _FEW_TOKENS))
 
 
 def pick_victim(candidates: Iterable[Sequence]) -> Sequence:
@@ -52,7 +70,7 @@ def comes_soon(
 
     Then it does better to wait the step or two until it can share the block: the choices of one
     request and the users of one long prompt arrive together. Who computes the block runs, so that
-    the wait ends.
+    the wait ends. Blocks of sequences with pooling are never shared.
     """
     start, end = number * block_size, (number + 1) * block_size
     if end >= len(sequence.tokens):
@@ -60,6 +78,7 @@ def comes_soon(
     parent, wanted = sequence.chain[number], sequence.tokens[start:end]
     return any(
         start <= other.computed < end <= len(other.tokens)
+        and other.pooling is None
         and other.chain[number] == parent
         and other.tokens[start:end] == wanted
         for other in running

@@ -23,6 +23,7 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 _Number = TypeVar("_Number", int, float)
 FinishReason = Literal["stop", "length", "abort", "error"]
+PoolingKind = Literal["mean", "cls", "last"]
 
 
 class Wire(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -51,11 +52,25 @@ class Sampling(Wire, frozen=True):
     min_new: int = 0
 
 
+class Pooling(Wire, frozen=True):
+    """How a sequence's last hidden states become one vector.
+
+    `mean` over all tokens, `cls` the first token's, `last` the last token's. `dimensions` keeps the
+    first so many values (0: all), before `normalize` scales the vector to length 1.
+    """
+
+    kind: PoolingKind = "mean"
+    dimensions: int = 0
+    normalize: bool = True
+
+
 class Submit(Wire, frozen=True, tag="submit"):
     """Start one sequence. `tokens[:num_prompt]` is the prompt, the rest was already generated.
 
     `max_new` bounds the generated tokens still to come (those in `tokens` not counted); `min_new`
     counts all generated ones. `num_prompt` 0 means that all of `tokens` is prompt.
+    With `pooling` nothing is generated (`max_new` is 0): the sequence ends with an `Embedding` and
+    a `Finish` of reason `stop`; its tokens are computed in what other sequences leave of a step.
     """
 
     epoch: int
@@ -67,6 +82,7 @@ class Submit(Wire, frozen=True, tag="submit"):
     salt: bytes = b""
     priority: int = 0
     num_prompt: int = 0
+    pooling: Pooling | None = None
 
 
 class Abort(Wire, frozen=True, tag="abort"):
@@ -90,7 +106,11 @@ class Ping(Wire, frozen=True, tag="ping"):
 
 
 class Limits(Wire, frozen=True):
-    """Facts that only the engine knows once the model is loaded."""
+    """Facts that only the engine knows once the model is loaded.
+
+    `embedding_size` is the length of whole embeddings, 0 if it makes none. An engine that does not
+    `generate` (an encoder) takes only submits with pooling.
+    """
 
     max_len: int
     vocab_size: int
@@ -102,6 +122,9 @@ class Limits(Wire, frozen=True):
     load_s: float = 0.0
     device: str = ""
     dtype: str = ""
+    embedding_size: int = 0
+    generates: bool = True
+    quant: str = "none"
 
 
 class Stats(Wire, frozen=True):
@@ -144,6 +167,13 @@ class Logprobs(Wire, frozen=True):
     top: bytes = b""
 
 
+class Embedding(Wire, frozen=True):
+    """The pooled vector of sequence `id`: float32 values."""
+
+    id: int
+    values: bytes
+
+
 class Started(Wire, frozen=True):
     """Sequence `id` left the waiting queue; `cached` prompt tokens came from the prefix cache."""
 
@@ -176,6 +206,7 @@ class StepOutput(Wire, frozen=True, tag="step"):
     started: tuple[Started, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
 
 class Pong(Wire, frozen=True, tag="pong"):

@@ -34,6 +34,7 @@ class Sequence:
         "max_total",
         "num_kv",
         "num_prompt",
+        "pooling",
         "prompt_reported",
         "rank",
         "sampling",
@@ -59,7 +60,9 @@ class Sequence:
         self.num_kv = max_total - 1 if max_total > len(tokens) else len(tokens)
         self.sampling = submit.sampling
         self.stop_ids = submit.stop_ids
-        self.rank = (submit.priority, arrival)  # the lowest runs first and is preempted last
+        self.pooling = submit.pooling
+        # The lowest runs first and is preempted last.
+        self.rank = (submit.pooling is not None, submit.priority, arrival)
         self.chain = [root]
         self.blocks: list[int] = []
         self.slot: int | None = None

@@ -18,38 +18,34 @@ step). Invariants:
 * Work is never stuck: `add` admits only what fits into the whole pool, so the first of the order,
   if alone, always gets its blocks: nobody else holds any.
 * A sequence's tokens leave through `commit` alone, once each, whatever was recomputed.
+* Sequences with pooling are background work: last in both queues, computed in what others leave of
+  a step, without reuse of blocks in either direction (each hidden state is needed, and texts to be
+  embedded would only push prompts out of the cache). One that runs gives way to any other sequence
+  that lacks a slot or blocks.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import sys
 from collections import deque
 from collections.abc import Iterable
 
 from engine.blocks import MISS, BlockPool, Hit
+from engine.outbox import Outbox, logprobs_of
 from engine.plan import Admit, Copy, Grow, Row, Sampled, StepPlan, TokenLogprobs
-from engine.policy import (
-    admission_order,
-    admission_reserve,
-    comes_soon,
-    pick_victim,
-    split_chunk,
-    worth_copying,
-)
+from engine.policy import comes_soon, pick_victim, pooled_budget, split_chunk, worth_copying
 from engine.protocol import (
     BadFrame,
-    Finish,
+    Embedding,
     FinishReason,
     Limits,
-    Logprobs,
-    Started,
     Stats,
     StepOutput,
     Submit,
-    pack_floats,
-    pack_tokens,
     unpack_tokens,
 )
+from engine.queues import Queues, slot_of
+from engine.refusal import refusal
 from engine.request import Sequence
 from engine.stats import Counters
 from engine.stop import finish_reason
@@ -71,53 +67,23 @@ class _Draft:
         self.copies: list[Copy] = []
         self.preempted = False
 
+    def chunks(self, sequences: Iterable[Sequence]) -> None:
+        """A row for each, as long as there is budget."""
+        for sequence in sequences:
+            if self.budget == 0:
+                break
+            self.chunk(sequence)
+
     def chunk(self, sequence: Sequence) -> None:
         """A row with as many of the sequence's uncomputed tokens as fit."""
         start = sequence.scheduled
         left = len(sequence.tokens) - start
         count = split_chunk(left, self.budget)
         samples = count == left and sequence.generates
-        self.rows.append(Row(_slot(sequence), sequence.id, start, count, samples))
+        self.rows.append(Row(slot_of(sequence), sequence.id, start, count, samples))
         self.sequences.append(sequence)
         self.budget -= count
         sequence.scheduled = start + count
-
-
-class _Outbox:
-    """What the router has not been told yet, in the columns of `StepOutput`."""
-
-    __slots__ = ("finished", "ids", "logprobs", "news", "prompt_logprobs", "started", "tokens")
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []  # one entry per token
-        self.tokens: list[int] = []
-        self.finished: list[Finish] = []
-        self.started: list[Started] = []
-        self.logprobs: list[Logprobs] = []
-        self.prompt_logprobs: list[Logprobs] = []
-        self.news = False  # a step without tokens is news too: it shows progress
-
-    def finish(self, sequence_id: int, reason: FinishReason, detail: str) -> None:
-        self.finished.append(Finish(sequence_id, reason, detail))
-        self.news = True
-
-    def start(self, sequence_id: int, cached: int) -> None:
-        self.started.append(Started(sequence_id, cached))
-        self.news = True
-
-    def message(self, epoch: int, step: int, stats: Stats) -> StepOutput:
-        return StepOutput(
-            epoch=epoch,
-            step=step,
-            ids=tuple(self.ids),
-            counts=(),
-            tokens=pack_tokens(self.tokens),
-            finished=tuple(self.finished),
-            stats=stats,
-            started=tuple(self.started),
-            logprobs=tuple(self.logprobs),
-            prompt_logprobs=tuple(self.prompt_logprobs),
-        )
 
 
 class Scheduler:
@@ -135,19 +101,18 @@ class Scheduler:
         if (pool.num_blocks, pool.block_size) != (limits.num_blocks, limits.block_size):
             raise ValueError("the pool's size is not the one announced in limits")
         self.counters = Counters()
-        self.running: list[Sequence] = []  # to be read only by others, as is `waiting`
-        self.waiting: list[Sequence] = []
+        self._queues = Queues(pool, limits.max_batch)
+        self.running = self._queues.running  # to be read only by others, as is `waiting`
+        self.waiting = self._queues.waiting
         self._pool = pool
         self._limits = limits
         self._epoch = epoch
         self._step_tokens = step_tokens
-        self._reserve = admission_reserve(pool.num_blocks)
         self._sequences: dict[int, Sequence] = {}
-        self._free_slots = list(range(limits.max_batch - 1, -1, -1))
         self._launched: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._arrivals = 0
         self._step = 0
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
 
     @property
     def busy(self) -> bool:
@@ -164,7 +129,7 @@ class Scheduler:
             self._outbox.finish(submit.id, "error", f"bad token list: {error}")
             return
         max_total = min(len(tokens) + submit.max_new, self._limits.max_len)
-        problem = _problem(submit, tokens, max_total, self._limits)
+        problem = refusal(submit, tokens, self._limits)
         if submit.id in self._sequences:
             problem = "this id is in use"
         if problem is not None:
@@ -174,7 +139,7 @@ class Scheduler:
         sequence = Sequence(submit, tokens, max_total, self._arrivals, root)
         self._arrivals += 1
         self._sequences[sequence.id] = sequence
-        insort(self.waiting, sequence, key=admission_order)
+        self._queues.wait(sequence)
 
     def abort(self, ids: Iterable[int]) -> None:
         """End these sequences now; what the device still computes for them is thrown away."""
@@ -185,23 +150,23 @@ class Scheduler:
 
     # -- the next step
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, smooth_tokens: int = sys.maxsize) -> StepPlan | None:
         """The next step: decode rows, then prompt chunks, then newcomers, within the budget.
 
-        None if there is nothing to compute before the next commit or at all. The caller launches
-        every plan. Raises RuntimeError if two plans are not committed yet.
+        What is left goes to pooled sequences: all of it if nothing else runs, otherwise so much
+        that the step stays at about `smooth_tokens`. None if there is nothing to compute before the
+        next commit or at all. The caller launches every plan. Raises RuntimeError if two plans are
+        not committed yet.
         """
         if len(self._launched) >= _MAX_LAUNCHED:
             raise RuntimeError("a third step must not be planned before the first is committed")
         if not self._sequences and self._pool.num_held:
             self.counters.blocks_leaked += self._pool.reclaim()  # healed, and seen in the metrics
         draft = _Draft(self._step_tokens)
-        for sequence in self._plan_decodes(draft):
-            if draft.budget == 0:
-                break
-            draft.chunk(sequence)
-        while self._can_admit(draft) and self._admit(draft):
+        draft.chunks(self._plan_decodes(draft))
+        while self._can_admit(draft, pooled=False) and self._admit(draft):
             pass
+        self._plan_pooled(draft, smooth_tokens)
         # Until here the sources could not be evicted; from here on the device is ahead of it.
         self._pool.release([copy.source for copy in draft.copies])
         if not draft.rows:
@@ -212,12 +177,17 @@ class Scheduler:
         return plan
 
     def _plan_decodes(self, draft: _Draft) -> list[Sequence]:
-        """One row for each running sequence that lacks one position; returns those behind."""
+        """One row for each running sequence that lacks one position; returns those behind.
+
+        Those with pooling, at the end of the list, are left out.
+        """
         behind: list[Sequence] = []
         rows, sequences = draft.rows, draft.sequences
         block_size, budget = self._pool.block_size, draft.budget
         # Preemption removes sequences from the end of the list, which the loop has not reached.
         for place, sequence in enumerate(self.running):
+            if sequence.pooling is not None:
+                break
             start = sequence.scheduled
             if len(sequence.tokens) - start > 1:
                 behind.append(sequence)
@@ -228,7 +198,7 @@ class Scheduler:
                 break
             if start == len(sequence.blocks) * block_size and not self._grow(draft, place):
                 break
-            rows.append(Row(_slot(sequence), sequence.id, start, 1, sequence.generates))
+            rows.append(Row(slot_of(sequence), sequence.id, start, 1, sequence.generates))
             sequences.append(sequence)
             sequence.scheduled = start + 1
             budget -= 1
@@ -248,68 +218,81 @@ class Scheduler:
             if victim is sequence:
                 return False
         blocks = self._pool.take(1)
-        draft.grows.append(Grow(_slot(sequence), len(sequence.blocks), blocks))
+        draft.grows.append(Grow(slot_of(sequence), len(sequence.blocks), blocks))
         sequence.blocks += blocks
         return True
 
-    def _can_admit(self, draft: _Draft) -> bool:
+    def _can_admit(self, draft: _Draft, *, pooled: bool) -> bool:
+        """Is the first waiting sequence of this kind, and is there budget for it?"""
+        if not self.waiting or draft.budget <= 0:
+            return False
         # Who was preempted in this plan may have a token in flight that an `Admit` would lack.
-        return bool(self.waiting and self._free_slots and draft.budget > 0 and not draft.preempted)
+        return not draft.preempted and pooled == (self.waiting[0].pooling is not None)
+
+    def _plan_pooled(self, draft: _Draft, smooth_tokens: int) -> None:
+        """Pooled sequences, in what is left; newcomers only when nobody else waits."""
+        first = self._queues.first_pooled
+        if first:
+            used = self._step_tokens - draft.budget
+            draft.budget = pooled_budget(draft.budget, used, smooth_tokens)
+        draft.chunks(s for s in self.running[first:] if s.scheduled < s.num_kv)
+        while self._can_admit(draft, pooled=True) and self._admit(draft):
+            pass
 
     def _admit(self, draft: _Draft) -> bool:
         """Start the first waiting sequence if its known tokens fit into the pool now."""
-        pool, sequence = self._pool, self.waiting[0]
-        length = len(sequence.tokens)
+        sequence = self.waiting[0]
         hit = MISS
-        if pool.reuses and not sequence.wants_prompt_logprobs:
-            hit = pool.match(sequence.tokens, sequence.chain, length - 1)
-            if not worth_copying(hit.num_copied, pool.block_size):
+        if self._reuses(sequence) and not sequence.wants_prompt_logprobs:
+            hit = self._pool.match(sequence.tokens, sequence.chain, len(sequence.tokens) - 1)
+            if not worth_copying(hit.num_copied, self._pool.block_size):
                 hit = Hit(hit.blocks, None, 0)
-            if comes_soon(sequence, len(hit.blocks), pool.block_size, self.running):
+            if comes_soon(sequence, len(hit.blocks), self._pool.block_size, self.running):
                 return False
-        needed = -(-length // pool.block_size)
-        reserve = self._reserve if self.running else 0
-        blocks = pool.acquire(hit, needed, reserve)
-        if blocks is None and hit.source is not None:
-            hit = Hit(hit.blocks, None, 0)  # the source itself may be the block that is missing
-            blocks = pool.acquire(hit, needed, reserve)
-        if blocks is None:
-            return False
-        del self.waiting[0]
-        self._start(draft, sequence, hit, blocks)
+        while (used := self._queues.admit(hit)) is None:
+            if not self._displace(sequence):
+                return False
+        self._start(draft, sequence, used)
         draft.chunk(sequence)
         return True
 
-    def _start(self, draft: _Draft, sequence: Sequence, hit: Hit, blocks: list[int]) -> None:
-        cached = len(hit.blocks) * self._pool.block_size + hit.num_copied
-        slot = self._free_slots.pop()
-        sequence.slot = slot
-        sequence.blocks = blocks
-        sequence.scheduled = sequence.computed = cached
-        insort(self.running, sequence, key=admission_order)
+    def _reuses(self, sequence: Sequence) -> bool:
+        return self._pool.reuses and sequence.pooling is None
+
+    def _displace(self, newcomer: Sequence) -> bool:
+        """Preempts a pooled sequence for one without pooling; False if there is none.
+
+        It is not admitted anew in this plan: what the newcomer leaves is less than it had.
+        """
+        if newcomer.pooling is not None or not self.running or self.running[-1].pooling is None:
+            return False
+        self._preempt(self.running[-1])
+        return True
+
+    def _start(self, draft: _Draft, sequence: Sequence, hit: Hit) -> None:
+        blocks, cached = sequence.blocks, sequence.scheduled
         if hit.source is not None:
             draft.copies.append(Copy(hit.source, blocks[len(hit.blocks)], hit.num_copied))
         draft.admits.append(
             Admit(
-                slot,
+                slot_of(sequence),
                 list(sequence.tokens),
                 sequence.num_prompt,
                 list(blocks),
                 sequence.sampling,
                 sequence.stop_ids,
+                sequence.pooling,
             )
         )
         if not sequence.started:
             sequence.started = True
-            queried = len(sequence.tokens) if self._pool.reuses else 0
+            queried = len(sequence.tokens) if self._reuses(sequence) else 0
             self.counters.started(sequence.num_prompt, queried, cached)
             self._outbox.start(sequence.id, cached)
 
     def _preempt(self, victim: Sequence) -> None:
         self.counters.preemptions += 1
-        _remove(self.running, victim)
-        self._vacate(victim)
-        insort(self.waiting, victim, key=admission_order)
+        self._queues.preempt(victim)
 
     # -- the results
 
@@ -337,9 +320,9 @@ class Scheduler:
             if sequence.slot is not None:  # preempted: the blocks are gone, the token is good
                 sequence.computed = end
                 if end // block_size > start // block_size:
-                    self._seal(sequence, start, end)
+                    _seal(self._pool, sequence, start, end)
             if index in sampled.prompt_logprobs:
-                self._report_prompt(sequence, start + 1, sampled.prompt_logprobs[index])
+                _report_prompt(outbox, sequence, start + 1, sampled.prompt_logprobs[index])
             if row.samples:
                 token = sampled.tokens[at]
                 outbox.ids.append(sequence.id)
@@ -347,59 +330,38 @@ class Scheduler:
                 self.counters.generated_tokens += 1
                 if at in logprobs:
                     outbox.logprobs.append(
-                        _logprobs(sequence.id, len(sequence.tokens), logprobs[at])
+                        logprobs_of(sequence.id, len(sequence.tokens), logprobs[at])
                     )
                 sequence.tokens.append(token)
                 reason = finish_reason(sequence)
-            else:  # nothing is to be generated, and the whole prompt is computed
-                reason = "length" if end == sequence.num_kv else None
+            else:
+                reason = self._computed(sequence, end, sampled.embeddings.get(index))
             if reason is not None:
                 self._end(sequence, reason)
         self.counters.steps += 1
         outbox.news = True
 
-    def _seal(self, sequence: Sequence, start: int, end: int) -> None:
-        size = self._pool.block_size
-        for number in range(start // size, end // size):
-            self._pool.seal(sequence.tokens, sequence.chain, number, sequence.blocks[number])
-
-    def _report_prompt(self, sequence: Sequence, start: int, values: TokenLogprobs) -> None:
-        """`values` begin with position `start`; positions told before a preemption are left out."""
-        first = sequence.prompt_reported
-        end = min(start + len(values.chosen), sequence.num_prompt)
-        if sequence.sampling.prompt_logprobs >= 0 and start <= first < end:
-            part = slice(first - start, end - start)
-            values = TokenLogprobs(values.chosen[part], values.top[part])
-            self._outbox.prompt_logprobs.append(_logprobs(sequence.id, first, values))
-            sequence.prompt_reported = end
+    def _computed(
+        self, sequence: Sequence, end: int, embedding: bytes | None
+    ) -> FinishReason | None:
+        """Positions below `end` are computed and nothing was sampled: is that the end?"""
+        if end < sequence.num_kv:
+            return None
+        if sequence.pooling is None:  # nothing was to be generated
+            return "length"
+        if embedding is None:
+            raise RuntimeError(f"the device gave no embedding of sequence {sequence.id}")
+        self._outbox.embeddings.append(Embedding(sequence.id, embedding))
+        return "stop"
 
     # -- the ends
 
     def _end(self, sequence: Sequence, reason: FinishReason, detail: str = "") -> None:
         """The one way out of the queues."""
-        if sequence.slot is None:
-            _remove(self.waiting, sequence)
-        else:
-            _remove(self.running, sequence)
-            if reason == "error":
-                self._pool.forget(sequence.blocks)  # they may be why it failed
-                sequence.computed = 0
-            self._vacate(sequence)
+        self._queues.remove(sequence, failed=reason == "error")
         sequence.ended = True
         del self._sequences[sequence.id]
         self._outbox.finish(sequence.id, reason, detail)
-
-    def _vacate(self, sequence: Sequence) -> None:
-        """Give slot and blocks back; what is computed stays cached, the head longest."""
-        computed, blocks = sequence.computed, sequence.blocks
-        if computed % self._pool.block_size:
-            last = blocks[computed // self._pool.block_size]
-            self._pool.keep(sequence.tokens, sequence.chain, computed, last)
-        self._pool.release(reversed(blocks))
-        self._free_slots.append(_slot(sequence))
-        sequence.slot = None
-        sequence.blocks = []
-        sequence.scheduled = sequence.computed = 0
 
     # -- what the router must hear
 
@@ -417,52 +379,22 @@ class Scheduler:
         outbox = self._outbox
         if not outbox.news:
             return None
-        self._outbox = _Outbox()
+        self._outbox = Outbox()
         return outbox.message(self._epoch, self.counters.steps, self.stats)
 
 
-def _problem(submit: Submit, tokens: list[int], max_total: int, limits: Limits) -> str | None:
-    """Why this sequence can never run, if it cannot; `max_total` is its length at the end."""
-    vocab_size, length = limits.vocab_size, len(tokens)
-    named = (*submit.stop_ids, *(token for token, _bias in submit.sampling.logit_bias))
-    if not tokens:
-        return "there are no tokens"
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
-        return f"a token id is outside the vocabulary of {vocab_size}"
-    if named and (min(named) < 0 or max(named) >= vocab_size):
-        return f"a stop or bias token id is outside the vocabulary of {vocab_size}"
-    if not 0 <= submit.num_prompt <= length:
-        return f"{submit.num_prompt} prompt tokens in a list of {length}"
-    if submit.max_new < 0:
-        return "max_new is negative"
-    if length + min(submit.max_new, 1) > limits.max_len:
-        return f"{length} tokens leave no room in a context of {limits.max_len}"
-    positions, room = max(length, max_total - 1), limits.num_blocks * limits.block_size
-    if positions > room:
-        return f"{positions} positions do not fit into a KV cache of {room}"
-    return None
+def _seal(pool: BlockPool, sequence: Sequence, start: int, end: int) -> None:
+    if sequence.pooling is None:
+        for number in range(start // pool.block_size, end // pool.block_size):
+            pool.seal(sequence.tokens, sequence.chain, number, sequence.blocks[number])
 
 
-def _slot(sequence: Sequence) -> int:
-    slot = sequence.slot
-    if slot is None:
-        raise RuntimeError(f"sequence {sequence.id} runs without a slot")
-    return slot
-
-
-def _remove(queue: list[Sequence], sequence: Sequence) -> None:
-    at = bisect_left(queue, admission_order(sequence), key=admission_order)
-    if at == len(queue) or queue[at] is not sequence:
-        raise RuntimeError(f"sequence {sequence.id} is not in its queue")
-    del queue[at]
-
-
-def _logprobs(sequence_id: int, start: int, values: TokenLogprobs) -> Logprobs:
-    rivals = [rival for best in values.top for rival in best]
-    return Logprobs(
-        sequence_id,
-        start,
-        pack_floats(values.chosen),
-        pack_tokens(token for token, _value in rivals),
-        pack_floats(value for _token, value in rivals),
-    )
+def _report_prompt(outbox: Outbox, sequence: Sequence, start: int, values: TokenLogprobs) -> None:
+    """`values` begin with position `start`; positions told before a preemption are left out."""
+    first = sequence.prompt_reported
+    end = min(start + len(values.chosen), sequence.num_prompt)
+    if sequence.sampling.prompt_logprobs >= 0 and start <= first < end:
+        part = slice(first - start, end - start)
+        values = TokenLogprobs(values.chosen[part], values.top[part])
+        outbox.prompt_logprobs.append(logprobs_of(sequence.id, first, values))
+        sequence.prompt_reported = end

@@ -1,7 +1,8 @@
 """Who may work now: permits per model, one bounded first-in-first-out queue before them.
 
-Owns the permits and the waiters. A model has (ready replicas x max-concurrency) permits, a number
-that is asked for and never kept. Must not know engines, text or HTTP. Runs on the event loop.
+Owns the permits and the waiters. A model has (ready replicas x max-concurrency) permits, and a part
+of that number for embeddings if it also generates; the number is asked for and never kept. Must
+not know engines, text or HTTP. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
@@ -18,6 +19,7 @@ from router.errors import Overloaded, RequestTimeout
 
 RATE_WINDOW: Final = 64  # releases the service rate is measured over
 MAX_RETRY_AFTER_S: Final = 60
+EMBEDDING_SHARE: Final = 4  # one of so many: a request of many texts fills an engine by itself
 
 
 class GateView(NamedTuple):
@@ -161,36 +163,53 @@ def _left_s(deadline_s: float | None, now: float) -> float | None:
 
 
 class Admission:
-    """One gate per model."""
+    """One gate per model, and one more for the embeddings of a model that also generates.
 
-    def __init__(self, gates: list[Gate]) -> None:
+    Texts to be embedded are background work of an engine: chats neither wait for their permits
+    nor lose any to them.
+    """
+
+    def __init__(self, gates: list[Gate], embedding_gates: Iterable[Gate] = ()) -> None:
         self._gates = {gate.model: gate for gate in gates}
+        self._embedding_gates = {gate.model: gate for gate in embedding_gates}
 
     def permit(
-        self, model: str, deadline_s: float | None = None
+        self, model: str, deadline_s: float | None = None, *, embeds: bool = False
     ) -> contextlib.AbstractAsyncContextManager[None]:
         """See `Gate.permit`. Raises KeyError for a model that is not served."""
-        return self._gates[model].permit(deadline_s)
+        gate = self._gates[model]
+        return (self._embedding_gates.get(model, gate) if embeds else gate).permit(deadline_s)
 
     def refresh(self, model: str) -> None:
         """A replica of `model` became ready."""
-        self._gates[model].refresh()
+        for gate in self._of(model):
+            gate.refresh()
 
     def close(self, reason: str) -> None:
         """Refuse newcomers from now on."""
-        for gate in self._gates.values():
+        for gate in self._of(None):
             gate.close(reason)
 
     def evict(self, reason: str, model: str | None = None) -> None:
         """Refuse those who wait, for one model or for any."""
-        for gate in self._gates.values() if model is None else [self._gates[model]]:
+        for gate in self._of(model):
             gate.evict(reason)
 
     def views(self) -> list[GateView]:
-        """Numbers of all models."""
-        return [gate.view() for gate in self._gates.values()]
+        """Numbers of all models, those of both gates added up."""
+        return [_total([gate.view() for gate in self._of(model)]) for model in self._gates]
 
     @property
     def active(self) -> int:
         """Requests that hold a permit or wait for one."""
         return sum(view.used + view.waiting for view in self.views())
+
+    def _of(self, model: str | None) -> list[Gate]:
+        """The gates of one model, or of all."""
+        gates = (*self._gates.values(), *self._embedding_gates.values())
+        return [gate for gate in gates if model in (None, gate.model)]
+
+
+def _total(views: list[GateView]) -> GateView:
+    _, waiting, used, permits = zip(*views, strict=True)
+    return GateView(views[0].model, sum(waiting), sum(used), sum(permits))

@@ -16,7 +16,9 @@ from router.api.auth import GuardedRoute, KeyCheck, guarded
 from router.api.boundary import Boundary
 from router.api.chat import ChatCompletions
 from router.api.completions import Completions
+from router.api.embeddings import Embeddings
 from router.api.generation import Generations
+from router.embed_flow import EmbedFlow
 from router.flow import Flow
 from router.metrics import Metrics
 from router.text.pool import TextPool
@@ -29,6 +31,7 @@ class Parts:
 
     models: ModelTable
     flow: Flow
+    embed_flow: EmbedFlow
     pool: TextPool
     metrics: Metrics
     health: Health
@@ -39,7 +42,8 @@ def build_app(parts: Parts) -> ASGIApp:
     """All routes behind the boundary."""
     check = KeyCheck(parts.keys)
     generations = Generations(parts.models, parts.flow, parts.pool)
-    models = Models(parts.models, parts.flow)
+    embeddings = Embeddings(parts.models, parts.embed_flow, parts.pool)
+    models = Models(parts.models, parts.flow, parts.embed_flow)
     tokens = Tokens(generations, parts.flow)
     status = Status(parts.health, parts.metrics)
 
@@ -53,6 +57,8 @@ def build_app(parts: Parts) -> ASGIApp:
         routes=[
             post("/v1/chat/completions", ChatCompletions(generations)),
             post("/v1/completions", Completions(generations)),
+            post("/v1/embeddings", embeddings),
+            post("/v1/engines/{name:path}/embeddings", embeddings),
             get("/v1/models", models.list),
             get("/v1/models/{name:path}", models.get),
             post("/tokenize", tokens.tokenize),

@@ -37,6 +37,7 @@ HELP: Final = {
     "max-len": "tokens of prompt and answer together; 0 = what the model can",
     "dtype": "auto, float32, bfloat16 or float16",
     "quant": "none, int8, fp8, nf4 or bnb-int8",
+    "rope-rule": "ChatGLM rope_ratio scales the base or the positions: auto, base, linear",
     "load-format": "auto, or dummy for random weights of the model's shape",
     "kv-memory": "memory of each engine's KV cache, such as 800M or 4G; 0 = decide",
     "kv-blocks": "the same in blocks of 32 tokens; 0 = decide",

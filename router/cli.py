@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from router.arguments import Invocation, parse
 from router.config import Placement, RouterConfig, place
@@ -23,6 +24,7 @@ from router.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE, St
 if TYPE_CHECKING:
     import socket
 
+    from engine.config import QuantName
     from router.admission import Admission
     from router.devices import Card
     from router.fleet import Fleet
@@ -76,11 +78,14 @@ def run(words: Sequence[str]) -> int:
 def check(invocation: Invocation, environ: Mapping[str, str]) -> int:
     """Prints the memory plan. Raises StartError where `serve` would."""
     plan = make_plan(invocation.config, environ)
+    quant = invocation.config.engine.quant
+    layers = "" if quant == "none" else f" with {quant} layers"
     out = [f"not needed: {old} -> {new}" for old, new in invocation.notes]
     for replica, engine in zip(plan.replicas, plan.engines, strict=True):
         names = " | ".join(plan.models[replica.model].names)
         out.append(
-            f"{names} on {replica.device}: {engine.dtype}, weights {_mb(engine.weights_bytes)}, "
+            f"{names} on {replica.device}: {engine.dtype}{layers}, "
+            f"weights {_mb(engine.weights_bytes)}, "
             f"KV cache {_mb(engine.kv_bytes)} ({engine.num_blocks} blocks), "
             f"{engine.max_len} tokens per request, in all {_mb(engine.total_bytes)}"
         )
@@ -97,13 +102,13 @@ def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
     from router import lifecycle, logs
     from router.link import IpcLink
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the lifecycle takes over
+    signal.signal(signal.SIGTERM, _interrupt)  # until the lifecycle takes over
     config = invocation.config
-    plan = make_plan(config, environ)
     lines = logs.start(config.log_format, config.log_level)
-    link = IpcLink()
     with contextlib.ExitStack() as stack:
         stack.callback(lines.stop)
+        plan = make_plan(config, environ)
+        link = IpcLink()
         listener = stack.enter_context(_bind(config.http.host, config.http.port))
         stack.callback(link.close)
         for old, new in invocation.notes:
@@ -113,6 +118,11 @@ def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
         models = [_served_model(source, plan, i) for i, source in enumerate(plan.models)]
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_run(config, models, specs, link, listener, lines))
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    """What Ctrl-C does, with the signal's number."""
+    raise KeyboardInterrupt(number)
 
 
 def _open(link: IpcLink, environ: Mapping[str, str]) -> str:
@@ -157,10 +167,8 @@ def make_plan(config: RouterConfig, environ: Mapping[str, str]) -> Plan:
     from router.devices import choose_devices, find_cards
     from router.memory import plan as plan_memory
 
-    if config.engine.quant != "none" and not config.engine.command:
-        raise StartError(
-            f"--quant {config.engine.quant} is not built in yet: leave it out", EXIT_CONFIG
-        )
+    if not config.engine.command:
+        _check_quant(config.engine.quant)
     asked = config.gpus
     cards = [] if asked and set(asked) == {"cpu"} else find_cards()
     devices = choose_devices(asked, cards, environ.get("CUDA_VISIBLE_DEVICES"))
@@ -173,17 +181,35 @@ def make_plan(config: RouterConfig, environ: Mapping[str, str]) -> Plan:
     return Plan(models, replicas, list(memory.engines))
 
 
+def _check_quant(quant: QuantName) -> None:
+    """Raises StartError for a kind that no engine of this installation can load."""
+    if quant == "fp8":
+        raise StartError(
+            "--quant fp8 is not built in yet: take int8, or bnb-int8 or nf4 with bitsandbytes",
+            EXIT_CONFIG,
+        )
+    if quant in ("bnb-int8", "nf4") and importlib.util.find_spec("bitsandbytes") is None:
+        raise StartError(
+            f"--quant {quant} needs bitsandbytes, which is not installed: "
+            "pip install 'llm-router[bitsandbytes]' (or take --quant int8, which needs nothing)",
+            EXIT_CONFIG,
+        )
+
+
 def _sources(config: RouterConfig, environ: Mapping[str, str]) -> list[ModelSource]:
-    from router.sources import hub_cache_dir, resolve
+    from router.downloads.hubs import hubs_of
+    from router.sources import resolve
 
     real = config.engine.load_format != "dummy" and not config.engine.command
+    hubs = hubs_of(environ)
     return [
         resolve(
             model.source,
             names=model.names,
             model_dir=Path(config.model_dir) if config.model_dir else None,
-            hub_cache=hub_cache_dir(environ),
+            hubs=hubs,
             needs_weights=real,
+            terminal=sys.stderr if sys.stderr.isatty() else None,
         )
         for model in config.models
     ]
@@ -250,20 +276,27 @@ def _free_bytes(devices: Sequence[str], cards: list[Card]) -> dict[str, int]:
 
 def _served_model(source: ModelSource, plan: Plan, position: int) -> ServedModel:
     from router.text.model import load_text
+    from router.text.pooling import load_pooling
     from router.text.served import ServedModel
 
     text = load_text(source.path)
+    pooling = load_pooling(source.path)
+    generates = not source.checkpoint.facts.encoder
     lengths = [
         engine.max_len
         for replica, engine in zip(plan.replicas, plan.engines, strict=True)
         if replica.model == position
     ]
+    if not generates and pooling.max_len:
+        lengths.append(pooling.max_len)
     return ServedModel(
         names=source.names,
         tokenizer=text.tokenizer,
         template=text.template,
         max_len=min(lengths),
         created_s=int(time.time()),
+        generates=generates,
+        pooling=pooling,
     )
 
 
@@ -290,6 +323,7 @@ def _specs(
             threads=threads,
             dtype=options.dtype,
             quant=options.quant,
+            rope_rule=options.rope_rule,
             load_format=options.load_format,
             max_len=engine.max_len,
             num_blocks=engine.num_blocks,
@@ -313,6 +347,7 @@ async def _run(
     lines: BackgroundLines,
 ) -> int:
     from router.app import Parts, build_app
+    from router.embed_flow import EmbedFlow
     from router.fleet import Fleet
     from router.flow import Flow, FlowSettings
     from router.lifecycle import Lifecycle
@@ -335,7 +370,9 @@ async def _run(
     pool = TextPool()
     settings = FlowSettings(limits.request_timeout_s, max_concurrency=limits.max_concurrency)
     flow = Flow(fleet, admission, metrics, settings, time.monotonic)
-    parts = Parts(ModelTable(models), flow, pool, metrics, life, config.http.api_keys)
+    embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
+    keys = config.http.api_keys
+    parts = Parts(ModelTable(models), flow, embed_flow, pool, metrics, life, keys)
     try:
         return await life.run(
             build_app(parts),
@@ -348,15 +385,21 @@ async def _run(
 
 
 def _admission(config: RouterConfig, models: list[ServedModel], fleet: Fleet) -> Admission:
-    from router.admission import Admission, Gate
+    from router.admission import EMBEDDING_SHARE, Admission, Gate
 
-    def gate(name: str) -> Gate:
+    most = config.limits.max_concurrency
+
+    def gate(name: str, permits_each: int) -> Gate:
         def permits() -> int:
-            return fleet.ready_count(name) * config.limits.max_concurrency
+            return fleet.ready_count(name) * permits_each
 
         return Gate(name, config.limits.max_queue, permits, time.monotonic)
 
-    return Admission([gate(model.name) for model in models])
+    few = max(1, most // EMBEDDING_SHARE)
+    return Admission(
+        [gate(model.name, most) for model in models],
+        [gate(model.name, few) for model in models if model.generates],
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from engine.config import DTypeName, LoadFormat, QuantName
+from engine.config import DTypeName, LoadFormat, QuantName, RopeRule
 
 DEMO_MODEL = "smollm2-135m"
 MIB = 1024 * 1024
@@ -48,6 +48,7 @@ class Options(
     max_len: Count = 0
     dtype: DTypeName = "auto"
     quant: QuantName = "none"
+    rope_rule: RopeRule = "auto"
     load_format: LoadFormat = "auto"
     kv_memory: str | Count = 0
     kv_blocks: Count = 0
@@ -107,6 +108,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_len: int
     dtype: DTypeName
     quant: QuantName
+    rope_rule: RopeRule
     load_format: LoadFormat
     kv_bytes: int
     num_blocks: int
@@ -175,6 +177,7 @@ def _engine_options(options: Options) -> EngineOptions:
         max_len=options.max_len,
         dtype=options.dtype,
         quant=options.quant,
+        rope_rule=options.rope_rule,
         load_format=options.load_format,
         kv_bytes=parse_bytes(options.kv_memory),
         num_blocks=options.kv_blocks,

@@ -228,6 +228,7 @@ class Fleet:
             salt=placement.salt,
             priority=placement.priority,
             num_prompt=len(stream.prompt),
+            pooling=stream.pooling,
         )
         if not self._post(chosen, message):
             return False

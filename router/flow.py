@@ -49,6 +49,7 @@ class RequestRecord:
     model: str = ""
     status: int = 0
     code: str = ""
+    texts: int = 0  # to be embedded
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -65,6 +66,7 @@ class RequestRecord:
             "model": self.model,
             "status": self.status,
             "code": self.code,
+            "texts": self.texts,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
@@ -157,7 +159,7 @@ class Flow:
         self._settings = settings
         self._clock = clock
         self._prefixes = PrefixMap()
-        self._alarms: set[_Alarm] = set()  # of the requests that run
+        self._alarms: set[Alarm] = set()  # of the requests that run
         fleet.subscribe(self._on_replica_change)
 
     def max_len(self, model: ServedModel) -> int:
@@ -186,8 +188,9 @@ class Flow:
         record.model = job.model.name
         record.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
         limit_s = self._settings.request_timeout_s
-        alarm = _Alarm(self._clock, record.started_s + limit_s if limit_s else None)
-        async with self._permit(job, alarm.deadline_s):
+        alarm = Alarm(self._clock, record.started_s + limit_s if limit_s else None)
+        name = record.model
+        async with hold_permit(self._fleet, self._admission, self._metrics, name, alarm.deadline_s):
             record.queue_s = self._clock() - record.started_s
             choices = self._open(job, alarm.event)
             self._alarms.add(alarm)
@@ -216,22 +219,6 @@ class Flow:
                 for choice in choices:
                     self._fleet.close(choice.stream)
                 self._account(job, choices)
-
-    @asynccontextmanager
-    async def _permit(self, job: Job, deadline_s: float | None) -> AsyncGenerator[None]:
-        """A permit. A wait that takes the whole time limit is overload, not the client's fault."""
-        name = job.model.name
-        views = self._fleet.views(name)
-        if all(view.state == "parked" for view in views) or not any(v.limits for v in views):
-            # given up, or never ready yet: no queue for what may take minutes
-            raise self._fleet.unavailable(name)
-        async with AsyncExitStack() as stack:
-            try:
-                await stack.enter_async_context(self._admission.permit(name, deadline_s))
-            except (RequestTimeout, Overloaded) as error:
-                self._metrics.refused.labels(name).inc()
-                raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
-            yield
 
     def _open(self, job: Job, event: asyncio.Event) -> list[_Choice]:
         max_len = self.max_len(job.model)
@@ -389,7 +376,32 @@ class _Choice:
         return piece
 
 
-class _Alarm:
+@asynccontextmanager
+async def hold_permit(
+    fleet: Fleet,
+    admission: Admission,
+    metrics: Metrics,
+    model: str,
+    deadline_s: float | None,
+    *,
+    embeds: bool = False,
+) -> AsyncGenerator[None]:
+    """A permit. A wait that takes the whole time limit is overload, not the client's fault."""
+    views = fleet.views(model)
+    if all(view.state == "parked" for view in views) or not any(v.limits for v in views):
+        # given up, or never ready yet: no queue for what may take minutes
+        raise fleet.unavailable(model)
+    async with AsyncExitStack() as stack:
+        try:
+            permit = admission.permit(model, deadline_s, embeds=embeds)
+            await stack.enter_async_context(permit)
+        except (RequestTimeout, Overloaded) as error:
+            metrics.refused.labels(model).inc()
+            raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
+        yield
+
+
+class Alarm:
     """What a request waits for: news of its streams, its time limit, or the next ping.
 
     One event for all of it, set by one timer; so a token costs one wake-up and no timer.

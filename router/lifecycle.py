@@ -109,6 +109,8 @@ class Lifecycle:
                 weights_bytes=limits.weights_bytes if limits else None,
                 kv_bytes=limits.kv_bytes if limits else None,
                 device=limits.device if limits else None,
+                dtype=limits.dtype if limits else None,
+                quant=limits.quant if limits else None,
             )
 
     # -- the run

@@ -26,7 +26,9 @@ GPU_KV_SHARE: Final = 0.85  # the rest is for activations and captured graphs
 MIN_USEFUL_LEN: Final = 256  # shorter contexts are no advice
 
 _BYTES_OF_DTYPE: Final[dict[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_BITS_OF_QUANT: Final[dict[str, float]] = {"int8": 8.5, "fp8": 8.5, "nf4": 4.5, "bnb-int8": 8.5}
+# Bits of one weight of a quantized layer; 8 bits have a scale per row besides, 4 bits included it.
+_BITS_OF_QUANT: Final[dict[str, float]] = {"int8": 8, "fp8": 8, "nf4": 4.5, "bnb-int8": 8}
+_SCALE_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +125,8 @@ def _plan_engine(demand: Demand, share: int | None) -> EnginePlan:
             EXIT_CONFIG,
         )
     weights = _weights_bytes(demand, dtype)
-    blocks = demand.num_blocks
-    kv_bytes = blocks * block_bytes or demand.kv_bytes
+    blocks = 0 if facts.encoder else demand.num_blocks
+    kv_bytes = 0 if facts.encoder else blocks * block_bytes or demand.kv_bytes
     if share is not None and block_bytes:
         room = share - weights - ENGINE_BYTES
         kv_bytes = kv_bytes or _default_kv_bytes(demand, max_len, per_token, room)
@@ -137,13 +139,22 @@ def _plan_engine(demand: Demand, share: int | None) -> EnginePlan:
 
 
 def _weights_bytes(demand: Demand, dtype: str) -> int:
-    """As held by the engine: GGUF and 16-bit files are converted to `dtype`."""
+    """As held by the engine: GGUF and 16-bit files are converted to `dtype`.
+
+    The embedding is never quantized, the output layer always to 8 bits. A tied one is a copy then,
+    and a CPU has it in a layout of its own in any case.
+    """
     facts, size = demand.checkpoint.facts, _BYTES_OF_DTYPE[dtype]
     parameters = demand.checkpoint.num_parameters or facts.num_parameters
+    embedding = min(parameters, facts.vocab_size * facts.hidden_size)
+    head = 0 if facts.encoder else embedding
     if demand.quant == "none":
-        return parameters * size
-    whole = min(parameters, facts.num_embeddings)  # embeddings stay as they are
-    return int(whole * size + (parameters - whole) * _BITS_OF_QUANT[demand.quant] / 8)
+        copied = head if facts.tied and demand.device == "cpu" else 0
+        return (parameters + copied) * size
+    layers = max(0, parameters - embedding - (0 if facts.tied else head))
+    scale_bytes = (layers + head) * _SCALE_BYTES // max(1, facts.hidden_size)
+    layers_bytes = int(layers * _BITS_OF_QUANT[demand.quant] / 8)
+    return embedding * size + layers_bytes + head + scale_bytes
 
 
 def _default_kv_bytes(demand: Demand, max_len: int, per_token: int, room: int) -> int:

@@ -17,6 +17,7 @@ from engine.protocol import (
     Finish,
     Limits,
     Logprobs,
+    Pooling,
     StepOutput,
     unpack_floats,
     unpack_tokens,
@@ -79,11 +80,13 @@ class Stream:
         "_taken",
         "cached_tokens",
         "deaths",
+        "embedding",
         "finish",
         "first_token_s",
         "id",
         "lost",
         "max_new",
+        "pooling",
         "prompt",
         "replica",
         "request_id",
@@ -97,6 +100,8 @@ class Stream:
         self.id = id
         self.prompt = prompt
         self.max_new = max_new  # bound of len(tokens)
+        self.pooling: Pooling | None = None  # set: it ends with an embedding and has no tokens
+        self.embedding: bytes | None = None
         self.tokens: list[int] = []  # all generated tokens: the record for continuation
         self.cached_tokens = 0  # of the prompt, at the first start
         self.replica: int | None = None  # who works on it now
@@ -238,13 +243,7 @@ def deliver(
     if len(counts) != len(message.ids) or sum(counts) != len(tokens) or min(counts, default=0) < 0:
         raise BadFrame("columns of different length")
     logprobs = {entry.id: _unpack_logprobs(entry) for entry in message.logprobs}
-    told = [(entry, _unpack_logprobs(entry)) for entry in message.prompt_logprobs]
-    for started in message.started:
-        if (stream := streams.get(started.id)) is not None and not stream.tokens:
-            stream.cached_tokens = started.cached
-    for entry, values in told:
-        if (stream := streams.get(entry.id)) is not None:
-            stream.append_prompt_logprobs(entry.start, values)
+    _deliver_prompts(message, streams)
     failures: list[tuple[Stream, str]] = []
     suspicious = not _in_vocabulary(tokens, vocab_size)
     at = 0
@@ -266,6 +265,20 @@ def deliver(
             except ValueError as error:
                 failures.append((stream, str(error)))
     return failures
+
+
+def _deliver_prompts(message: StepOutput, streams: Mapping[int, Stream]) -> None:
+    """What one step says of prompts: started, log-probabilities, embeddings."""
+    told = [(entry, _unpack_logprobs(entry)) for entry in message.prompt_logprobs]
+    for started in message.started:
+        if (stream := streams.get(started.id)) is not None and not stream.tokens:
+            stream.cached_tokens = started.cached
+    for entry, values in told:
+        if (stream := streams.get(entry.id)) is not None:
+            stream.append_prompt_logprobs(entry.start, values)
+    for embedding in message.embeddings:
+        if (stream := streams.get(embedding.id)) is not None:
+            stream.embedding = embedding.values  # its end, in the same message, wakes the reader
 
 
 def _in_vocabulary(tokens: list[int], vocab_size: int) -> bool:

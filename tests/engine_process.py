@@ -56,6 +56,7 @@ class Answer:
     started: list[Started] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    embeddings: list[bytes] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -158,6 +159,8 @@ class EngineProcess:
             self._answer(part.id).logprobs.append(part)
         for part in output.prompt_logprobs:
             self._answer(part.id).prompt_logprobs.append(part)
+        for vector in output.embeddings:
+            self._answer(vector.id).embeddings.append(vector.values)
         for end in output.finished:
             self._answer(end.id).finishes.append(end)
 

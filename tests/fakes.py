@@ -21,10 +21,12 @@ from engine.protocol import (
     Finish,
     Limits,
     Logprobs,
+    Pooling,
     Sampling,
     Started,
     StepOutput,
     Submit,
+    pack_floats,
     pack_tokens,
     unpack_floats,
     unpack_tokens,
@@ -64,6 +66,16 @@ def rivals(mark: int, count: int) -> list[tuple[int, float]]:
     return [(index, logprob(extend_mark(mark, index))) for index in range(count)]
 
 
+EMBEDDING_SIZE = 3
+
+
+def embedding(tokens: Iterable[int], pooling: Pooling) -> bytes:
+    """The model's vector of a text: it depends on all of it."""
+    mark = text_mark(tokens)
+    values = [float(mark >> shift & 0xFFFF) for shift in (0, 16, 32)]
+    return pack_floats(values[: pooling.dimensions or EMBEDDING_SIZE])
+
+
 @dataclass
 class SlotState:
     """One row of the device's persistent batch."""
@@ -73,6 +85,8 @@ class SlotState:
     blocks: list[int]
     sampling: Sampling
     stop_ids: tuple[int, ...]
+    pooling: Pooling | None = None
+    num_pooled: int = 0  # positions whose hidden states went into the vector
     marks: list[int] = field(default_factory=list)  # marks[i] is that of tokens[: i + 1]
 
     def __post_init__(self) -> None:
@@ -129,6 +143,7 @@ class FakeRunner:
                 list(admit.blocks),
                 admit.sampling,
                 admit.stop_ids,
+                admit.pooling,
             )
         for grow in plan.grows:
             blocks = self.slots[grow.slot].blocks
@@ -156,12 +171,14 @@ class FakeRunner:
             self._write(row)
         for row in rows:  # nobody wrote over what another row reads
             self._check(row, row.start + row.count)
-        sampled = Sampled([], {}, {}, {})
+        embeddings: dict[int, bytes] = {}
+        sampled = Sampled([], {}, {}, {}, embeddings)
         for index, row in enumerate(rows):
             failure = self.fails(row)
             if failure is not None:
                 sampled.failed[index] = failure
             self._prompt_logprobs(sampled, index, row)
+            self._pool(embeddings, index, row)
             if row.samples:
                 self._sample(sampled, row)
         return sampled
@@ -200,6 +217,16 @@ class FakeRunner:
                 [logprob(mark) for mark in marks], [rivals(mark, best) for mark in marks]
             )
 
+    def _pool(self, embeddings: dict[int, bytes], index: int, row: Row) -> None:
+        state = self.slots[row.slot]
+        if state.pooling is None:
+            return
+        assert not row.samples
+        assert row.start == state.num_pooled, f"{row} leaves hidden states out"
+        state.num_pooled += row.count
+        if state.num_pooled == len(state.tokens):
+            embeddings[index] = embedding(state.tokens, state.pooling)
+
     def _sample(self, sampled: Sampled, row: Row) -> None:
         state = self.slots[row.slot]
         assert row.start + row.count == len(state.tokens), f"{row} samples in mid-text"
@@ -223,7 +250,9 @@ def make_limits(
     max_batch: int = 4,
 ) -> Limits:
     """Small limits for tests; the tiny vocabulary makes prefixes collide often."""
-    return Limits(max_len, vocab_size, block_size, num_blocks, max_batch)
+    return Limits(
+        max_len, vocab_size, block_size, num_blocks, max_batch, embedding_size=EMBEDDING_SIZE
+    )
 
 
 def make_pool(limits: Limits, *, prefix_cache: bool = True) -> BlockPool:
@@ -242,6 +271,7 @@ def make_submit(
     salt: bytes = b"",
     priority: int = 0,
     num_prompt: int = 0,
+    pooling: Pooling | None = None,
 ) -> Submit:
     """A `Submit` from plain token ids."""
     return Submit(
@@ -254,6 +284,7 @@ def make_submit(
         salt=salt,
         priority=priority,
         num_prompt=num_prompt,
+        pooling=pooling,
     )
 
 
@@ -282,6 +313,7 @@ class Answer:
     finishes: list[Finish] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    embeddings: list[bytes] = field(default_factory=list)
 
     @property
     def reason(self) -> str | None:
@@ -307,6 +339,7 @@ class Driver:
         self.pool = make_pool(self.limits, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(self.pool, self.limits, step_tokens=step_tokens, epoch=1)
         self.runner = FakeRunner(self.limits)
+        self.smooth_tokens = step_tokens
         self.answers: dict[int, Answer] = {}
         self.plans: list[StepPlan] = []
         self.outputs: list[StepOutput] = []
@@ -320,11 +353,13 @@ class Driver:
         """Plan and launch one step, commit all but the `overlap` youngest, collect the output."""
         ahead = self.overlap if overlap is None else overlap
         had_work = bool(self.scheduler.waiting or self.scheduler.running)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.smooth_tokens)
         if plan is not None:
             assert sum(row.count for row in plan.rows) <= self.step_tokens
             self.plans.append(plan)
             self._flying.append((plan, self.runner.launch(plan)))
+            self._check_shares(plan)
+            assert not {row.id for row in plan.rows} & {s.id for s in self.scheduler.waiting}
         else:
             assert self._flying or not had_work, "work, and nothing planned"
             ahead = 0
@@ -332,6 +367,18 @@ class Driver:
             done, pending = self._flying.pop(0)
             self.scheduler.commit(done, pending.result())
         self.collect()
+
+    def _check_shares(self, plan: StepPlan) -> None:
+        """Pooled sequences start and run last, in what a smooth step leaves and a few tokens."""
+        if any(admit.pooling is not None for admit in plan.admits):
+            assert all(sequence.pooling is not None for sequence in self.scheduler.waiting)
+        is_pooled = [self.runner.slots[row.slot].pooling is not None for row in plan.rows]
+        assert is_pooled == sorted(is_pooled)
+        if any(sequence.pooling is None for sequence in self.scheduler.running):
+            rows = list(zip(plan.rows, is_pooled, strict=True))
+            pooled = sum(row.count for row, yes in rows if yes)
+            others = sum(row.count for row, yes in rows if not yes)
+            assert pooled <= max(8, self.smooth_tokens - others)
 
     def run(self, check: Callable[[], None] = lambda: None) -> dict[int, Answer]:
         """Step until nothing is left to do, and `check` after each step."""
@@ -360,6 +407,8 @@ class Driver:
             self._open(values.id).logprobs.append(values)
         for values in output.prompt_logprobs:
             self._open(values.id).prompt_logprobs.append(values)
+        for vector in output.embeddings:
+            self._open(vector.id).embeddings.append(vector.values)
         for finish in output.finished:
             self._open(finish.id).finishes.append(finish)
 

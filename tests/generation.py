@@ -10,7 +10,7 @@ import msgspec
 
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
-from engine.device.runner import Device, build_device
+from engine.device.build import Device, build_device
 from engine.prefix import PrefixIndex
 from engine.protocol import (
     Finish,
@@ -20,6 +20,7 @@ from engine.protocol import (
     Stats,
     Submit,
     pack_tokens,
+    unpack_floats,
     unpack_tokens,
 )
 from engine.scheduler import Scheduler
@@ -42,6 +43,7 @@ class Generated:
     cached: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    embeddings: list[list[float]] = field(default_factory=list)
 
 
 class Driver:
@@ -106,3 +108,5 @@ class Driver:
             results[entry.id].logprobs.append(entry)
         for entry in output.prompt_logprobs:
             results[entry.id].prompt_logprobs.append(entry)
+        for vector in output.embeddings:
+            results[vector.id].embeddings.append(unpack_floats(vector.values))

@@ -6,15 +6,19 @@ comes in as `now`, the seconds of any steady clock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 
 from engine.config import EngineConfig
 from engine.protocol import (
     BadFrame,
+    Embedding,
     Finish,
     FinishReason,
     Limits,
     Logprobs,
+    Pooling,
     Started,
     Stats,
     StepOutput,
@@ -32,7 +36,7 @@ class FakeSequence:
 
     __slots__ = (
         "answer", "cached", "due_s", "ends", "faults", "generated", "id", "limit", "num_prompt",
-        "rule", "s_per_token", "sampling", "stop_ids", "tokens",
+        "pooling", "rule", "s_per_token", "sampling", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, tokens: list[int], rule: Rule, s_per_token: float) -> None:
@@ -43,7 +47,8 @@ class FakeSequence:
         self.answer = rule.answer(submit, tokens[: self.num_prompt])
         if rule.finish == "stop" and submit.stop_ids and not rule.repeat:
             self.answer = [*self.answer, submit.stop_ids[0]]
-        self.cached = min(rule.cached, self.num_prompt - 1)
+        self.pooling = submit.pooling
+        self.cached = min(rule.cached, self.num_prompt - 1) if self.pooling is None else 0
         self.generated = len(tokens) - self.num_prompt
         self.limit = self.generated + submit.max_new
         self.sampling = submit.sampling
@@ -59,6 +64,11 @@ class FakeSequence:
             return self.rule.delays_s[self.generated]
         return self.rule.first_token_s if not self.generated else self.s_per_token
 
+    @property
+    def pooled_end(self) -> FinishReason:
+        """How a sequence with pooling ends; only with `stop` there is a vector."""
+        return "stop" if self.rule.finish == "length" else self.rule.finish
+
     def replace_next(self, token: int) -> None:
         """The next token to be generated becomes `token`."""
         at = self.generated
@@ -66,6 +76,8 @@ class FakeSequence:
 
     def next_token(self) -> tuple[int | None, Finish | None]:
         """Generates one token, None if there is no more, and the end if that was the last."""
+        if self.pooling is not None:
+            return None, Finish(self.id, self.pooled_end, self.rule.detail)
         at, answer, least = self.generated, self.answer, self.sampling.min_new
         if at >= self.limit:
             return None, Finish(self.id, "length")
@@ -90,6 +102,7 @@ class Outbox:
         self.started: list[Started] = []
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
+        self.embeddings: list[Embedding] = []
 
     def __bool__(self) -> bool:
         return bool(self.ids or self.finished or self.started)
@@ -106,6 +119,7 @@ class Outbox:
             tuple(self.started),
             tuple(self.logprobs),
             tuple(self.prompt_logprobs),
+            tuple(self.embeddings),
         )
 
 
@@ -123,6 +137,8 @@ class FakeBatch:
             max_batch=script.max_batch or config.max_batch,
             device="fake",
             dtype="none",
+            embedding_size=script.embedding_size,
+            generates=script.generates,
         )
         self._script = script
         self._config = config
@@ -144,9 +160,9 @@ class FakeBatch:
         except BadFrame as error:
             self.end(submit.id, "error", str(error))
             return
-        if not tokens or len(tokens) > self.limits.max_len:
-            detail = f"{len(tokens)} tokens do not fit into {self.limits.max_len}"
-            self.end(submit.id, "error", detail)
+        problem = self._problem(submit, tokens)
+        if problem:
+            self.end(submit.id, "error", problem)
             return
         prompt = decode_tokens(tokens[: submit.num_prompt or len(tokens)])
         rule = self._script.rule_for(prompt, self._config)
@@ -156,6 +172,14 @@ class FakeBatch:
         sequence.faults = [fault for fault in rule.faults if fault.concerns(self._config)]
         self.waiting.append(sequence)
         self._admit(now)
+
+    def _problem(self, submit: Submit, tokens: list[int]) -> str:
+        limits = self.limits
+        if not tokens or len(tokens) > limits.max_len:
+            return f"{len(tokens)} tokens do not fit into {limits.max_len}"
+        if submit.pooling is None:
+            return "" if limits.generates else "this model makes embeddings only"
+        return "" if limits.embedding_size else "this model makes no embeddings"
 
     def abort(self, ids: tuple[int, ...], now: float) -> None:
         """End these sequences; unknown ids are ignored."""
@@ -248,6 +272,9 @@ class FakeBatch:
             if rivals >= 0:
                 at = sequence.num_prompt + sequence.generated - 1
                 self._outbox.logprobs.append(self._logprobs(sequence.id, at, [token], rivals))
+        if sequence.pooling is not None and sequence.pooled_end == "stop":
+            values = fake_embedding(sequence.tokens, sequence.pooling, self.limits.embedding_size)
+            self._outbox.embeddings.append(Embedding(sequence.id, values))
         if finish is None:
             sequence.due_s = now + sequence.delay_s()
         else:
@@ -260,3 +287,12 @@ class FakeBatch:
         ids = [(t + j) % self.limits.vocab_size for t in tokens for j in range(rivals)]
         top = [logprob - 1.5 * j for logprob in chosen for j in range(rivals)]
         return Logprobs(id_, start, pack_floats(chosen), pack_tokens(ids), pack_floats(top))
+
+
+def fake_embedding(tokens: Sequence[int], pooling: Pooling, size: int) -> bytes:
+    """A vector that depends on the tokens and on how they are to be pooled."""
+    kinds = {"mean": sum(tokens) / len(tokens), "cls": tokens[0], "last": tokens[-1]}
+    values = [1 + kinds[pooling.kind] * (i + 1) % 7 for i in range(size)]
+    values = values[: pooling.dimensions or size]
+    length = math.hypot(*values) if pooling.normalize else 1
+    return pack_floats([value / length for value in values])

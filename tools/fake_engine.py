@@ -19,6 +19,7 @@ THE SCRIPT (every field is optional; an unknown one is an error, exit 64)
                  all sequences that are due.
   max_batch      sequences running at once, the others wait (0: as the router says)
   max_len, vocab_size, num_blocks, version     what Ready reports (0/null: 4096, 272, 4096, true)
+  embedding_size, generates                    the same (8, true); embedding_size 0: makes none
   load_s         seconds between start and Ready, announced by Busy unless silent_load is true
   start_faults   list of faults of the process itself, see below
 
@@ -36,6 +37,9 @@ A RULE
   finish         "stop" (default; adds the first of stop_ids as last token, if there are any),
                  "length", "abort" or "error"            detail          text of an error
   faults         list of faults, played when the sequence is about to generate token `at_token`
+A submit with pooling is answered, after first_token_s, by a vector that depends on its tokens and
+on the kind of pooling (`fake_embedding` in tools/fake_batch.py), unless finish is "error" or
+"abort"; faults are played at token 0.
 A sequence that continues one of another engine goes on where that one stopped, and so does
 `at_token`: it counts all generated tokens.
 

@@ -132,6 +132,8 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_len: int = 0
     num_blocks: int = 4096
     vocab_size: int = 0
+    embedding_size: int = 8
+    generates: bool = True
     tokens_per_s: float = 0.0
     step_ms: float = 0.0
 

@@ -24,6 +24,7 @@ from engine.protocol import Limits, Ready, StepOutput
 from router.admission import Admission, Gate
 from router.api.sse import ChunkTemplate
 from router.app import Parts, build_app
+from router.embed_flow import EmbedFlow
 from router.fleet import Fleet, SendResult
 from router.flow import Flow, FlowSettings
 from router.metrics import Metrics
@@ -121,9 +122,10 @@ async def measure_path(folder: Path) -> float:
     metrics, link = Metrics(), Loopback()
     fleet = Fleet([MODEL], StreamTable(), link, metrics, time.monotonic)
     gate = Gate(MODEL, 0, lambda: STREAMS, time.monotonic)
-    flow = Flow(fleet, Admission([gate]), metrics, FlowSettings(), time.monotonic)
+    owners = (fleet, Admission([gate]), metrics, FlowSettings(), time.monotonic)
+    flow, embed_flow = Flow(*owners), EmbedFlow(*owners)
     pool = TextPool()
-    app = build_app(Parts(ModelTable([model]), flow, pool, metrics, AlwaysWell()))
+    app = build_app(Parts(ModelTable([model]), flow, embed_flow, pool, metrics, AlwaysWell()))
     limits = Limits(10 * STEPS, text.tokenizer.vocab_size, 32, 1000, STREAMS)
     fleet.start(0, 1, b"engine")
     fleet.receive(b"engine", protocol.encode(Ready(1, protocol.PROTOCOL_VERSION, limits)))

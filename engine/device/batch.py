@@ -6,6 +6,7 @@ its slot's row on the device, so the next step can use it before the host has se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,10 @@ class Batch:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        windows: Sequence[int] = (0,),
     ) -> None:
+        """`windows` are those of the model's layers, 0 for full attention."""
+        self._windows = tuple(windows)
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
@@ -125,31 +129,39 @@ class Batch:
         slots = torch.tensor([row.slot for row in rows], device=self._device)
         lengths = torch.tensor([row.start + 1 for row in rows], device=self._device)
         blocks = self._tables[slots, :num_blocks]
-        if len(rows) == 1:
-            return DecodeGroup(begin, begin + 1, longest, blocks.flatten(), None)
+        # A lone row that sees all of its positions needs no mask, and no whole blocks either.
+        if len(rows) == 1 and all(window == 0 or window >= longest for window in self._windows):
+            unmasked = dict.fromkeys(self._windows)
+            return DecodeGroup(begin, begin + 1, longest, blocks.flatten(), unmasked)
         width = num_blocks * self._block_size
-        columns = torch.arange(width, device=self._device)
-        valid = columns < lengths[:, None]
         # Entries beyond a row's own blocks may be stale: any valid block does, the mask hides it.
         used = torch.arange(num_blocks, device=self._device) * self._block_size < lengths[:, None]
         blocks = torch.where(used, blocks, blocks[:, :1])
-        return DecodeGroup(
-            begin,
-            begin + len(rows),
-            width,
-            blocks.flatten(),
-            _additive(valid, self._dtype)[:, None],
-        )
+        columns = torch.arange(width, device=self._device)
+        masks = self._masks(columns, lengths[:, None] - 1, longest)
+        masks = {window: mask[:, None] for window, mask in masks.items()}
+        return DecodeGroup(begin, begin + len(rows), width, blocks.flatten(), masks)
 
     def _chunk(self, row: Row, begin: int) -> Chunk:
         end = row.start + row.count
         blocks = self._tables[row.slot, : -(-end // self._block_size)]
-        mask = None
-        if row.start:
+        masks: dict[int, Tensor | None] = dict.fromkeys(self._windows)
+        if row.start or any(0 < window < end for window in self._windows):
             columns = torch.arange(end, device=self._device)
             positions = torch.arange(row.start, end, device=self._device)
-            mask = _additive(columns <= positions[:, None], self._dtype)
-        return Chunk(begin, begin + row.count, row.start, blocks, mask)
+            masks.update(self._masks(columns, positions[:, None], end))
+        return Chunk(begin, begin + row.count, row.start, blocks, masks)
+
+    def _masks(self, columns: Tensor, positions: Tensor, longest: int) -> dict[int, Tensor]:
+        """0 where a query at `positions` [n, 1] sees `columns` [m], else -inf; for each window."""
+        causal = columns <= positions
+        whole = _additive(causal, self._dtype)
+        return {
+            window: _additive(causal & (columns > positions - window), self._dtype)
+            if 0 < window < longest
+            else whole
+            for window in self._windows
+        }
 
 
 def _additive(valid: Tensor, dtype: torch.dtype) -> Tensor:

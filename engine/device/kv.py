@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.models.spec import ModelSpec
+from engine.models.base import ModelShape
 from engine.plan import Copy
 
 
@@ -18,14 +18,14 @@ class KvCache:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        shape: ModelShape,
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (2 * spec.kv_heads, num_blocks, block_size, spec.head_dim)
-        self.layers: list[Tensor] = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        sizes = (2 * shape.kv_heads, num_blocks, block_size, shape.head_dim)
+        self.layers: list[Tensor] = [_zeros(sizes, dtype, device) for _ in range(shape.num_layers)]
 
     @property
     def nbytes(self) -> int:

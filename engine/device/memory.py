@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from engine.config import EngineConfig, NotEnoughMemory
 
 # Without a plan an engine on the CPU takes at most this much, so that a desktop stays usable.
 _CPU_KV_BYTES = 1 << 30
+# On a GPU the rest of what the weights leave is for activations.
+_GPU_KV_SHARE = 0.85
 
 
 def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
@@ -15,7 +19,7 @@ def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
     per_sequence = -(-max_len // config.block_size)
     if config.num_blocks:
         return config.num_blocks
-    budget = config.kv_bytes or min(_CPU_KV_BYTES, free_bytes() // 4)
+    budget = config.kv_bytes or _unplanned_bytes(config.device)
     blocks = min(budget // block_bytes, per_sequence * config.max_batch)
     if blocks < per_sequence:
         need, have = per_sequence * block_bytes / 1e9, budget / 1e9
@@ -24,6 +28,13 @@ def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
             f"{have:.2f} GB; pass --max-len {blocks * config.block_size} or a larger --kv-memory"
         )
     return blocks
+
+
+def _unplanned_bytes(device: str) -> int:
+    if device == "cpu":
+        return min(_CPU_KV_BYTES, free_bytes() // 4)
+    free, _total = torch.cuda.mem_get_info(device)
+    return int(free * _GPU_KV_SHARE)
 
 
 def free_bytes() -> int:

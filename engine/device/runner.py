@@ -7,38 +7,24 @@ Owns the model, the KV memory and the persistent batch. `launch` applies a plan 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend
-from engine.attention.reference import ReferenceAttention
-from engine.config import EngineConfig, ModelError
+from engine.config import EngineConfig
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
-from engine.device.memory import num_blocks
+from engine.device.pooling import SlotPooling
 from engine.device.sampling import SlotSampling, sample, token_logprobs
 from engine.device.threads import ThreadGovernor
-from engine.device.weights import open_model
-from engine.models.decoder import Decoder
-from engine.models.registry import Target, build_decoder, read_spec
-from engine.models.spec import ModelSpec
+from engine.models.base import Model
 from engine.plan import Admit, Pending, Row, Sampled, StepPlan, TokenLogprobs
-from engine.protocol import Limits, Sampling
-from engine.quant.packed import cpu_method
+from engine.protocol import Sampling
 
 # Prompt logits are computed for so many positions at a time: 64 rows of 150k floats are 39 MB.
 _PROMPT_LOGIT_ROWS = 64
-_WARM_UP_TOKENS = 63
-
-
-class Device(NamedTuple):
-    """A loaded model, ready to run plans, and the facts that only it knows."""
-
-    runner: Runner
-    limits: Limits
 
 
 class Done(NamedTuple):
@@ -55,17 +41,21 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         cache: KvCache,
         batch: Batch,
         attention: AttentionBackend,
         threads: ThreadGovernor,
+        text_ids: int = 0,
     ) -> None:
+        """Ids from `text_ids` on have no text and are never sampled; 0: all have one."""
         self._model = model
+        self._text_ids = text_ids
         self._threads = threads
         self._cache = cache
         self._batch = batch
         self._attention = attention
+        self._pooling = SlotPooling()
 
     def launch(self, plan: StepPlan) -> Pending:
         """Applies the plan; the sampled tokens are in their slots' rows when the next plan runs."""
@@ -82,6 +72,7 @@ class Runner:
     def _run(self, plan: StepPlan) -> Done:
         self._cache.copy(plan.copies)
         self._batch.apply(plan)
+        self._pooling.admit(plan.admits)
         rows = plan.rows
         inputs = self._batch.inputs(rows)
         hidden = self._model.forward(
@@ -92,17 +83,15 @@ class Runner:
             for i, row in enumerate(rows)
             if (scored := self._score_prompt(row, hidden, inputs.last[i])) is not None
         }
+        embeddings, failed = self._pooling.add(rows, inputs.last, hidden, self._model.last_hidden)
         sampling = [i for i, row in enumerate(rows) if row.samples]
         if not sampling:
-            return Done(Sampled([], {}, prompt_logprobs, {}))
+            return Done(Sampled([], {}, prompt_logprobs, failed, embeddings))
         wanted = torch.tensor([inputs.last[i] for i in sampling], device=hidden.device)
         logits = self._model.logits(hidden[wanted])
-        tokens, logprobs, failed = self._sample(logits, [rows[i] for i in sampling])
-        return Done(
-            Sampled(
-                tokens, logprobs, prompt_logprobs, {sampling[i]: text for i, text in failed.items()}
-            )
-        )
+        tokens, logprobs, unsound = self._sample(logits, [rows[i] for i in sampling])
+        failed |= {sampling[i]: text for i, text in unsound.items()}
+        return Done(Sampled(tokens, logprobs, prompt_logprobs, failed, embeddings))
 
     def _sample(
         self, logits: Tensor, rows: list[Row]
@@ -117,9 +106,13 @@ class Runner:
         ]
         # Logprobs are those of the model, before penalties and bias, so they need the raw logits.
         raw = {
-            i: logits[i : i + 1].clone() if slots[i].edits_logits else logits[i : i + 1]
+            i: logits[i : i + 1].clone()
+            if slots[i].edits_logits or self._text_ids
+            else logits[i : i + 1]
             for i in scored
         }
+        if self._text_ids:
+            logits[:, self._text_ids :] = float("-inf")
         ends = [row.start + row.count for row in rows]
         token_rows = self._batch.tokens
         known = [token_rows[row.slot, :end] for row, end in zip(rows, ends, strict=True)]
@@ -158,23 +151,6 @@ class Runner:
         return slot
 
 
-def build_device(config: EngineConfig) -> Device:
-    """Loads the model and takes the KV memory. Raises `ModelError` or `NotEnoughMemory`."""
-    began = time.monotonic()
-    torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    if device.type != "cpu":
-        raise ModelError(f"device {config.device!r} is not supported by this version (cpu is)")
-    if config.quant != "none":
-        raise ModelError(f"quant {config.quant!r} is not supported by this version (none is)")
-    model_config, source = open_model(Path(config.model), config.load_format)
-    spec = read_spec(model_config)
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    with torch.inference_mode():
-        model = build_decoder(spec, source, Target(device, dtype, cpu_method(dtype)))
-        return _with_memory(config, spec, model, dtype, began)
-
-
 def warm_up(runner: Runner, num_tokens: int, config: EngineConfig) -> None:
     """Runs a prompt and a decode step: the first request must not pay for kernels and pages.
 
@@ -185,30 +161,3 @@ def warm_up(runner: Runner, num_tokens: int, config: EngineConfig) -> None:
     prompt = Row(slot=0, id=0, start=0, count=num_tokens, samples=True)
     runner.launch(StepPlan(0, [prompt], [admit], [], [])).result()
     runner.launch(StepPlan(0, [Row(0, 0, num_tokens, 1, samples=True)], [], [], [])).result()
-
-
-def _with_memory(
-    config: EngineConfig, spec: ModelSpec, model: Decoder, dtype: torch.dtype, began: float
-) -> Device:
-    device = torch.device(config.device)
-    max_len = min(config.max_len or spec.max_len, spec.max_len)
-    block_bytes = config.block_size * spec.kv_bytes_per_token(dtype.itemsize)
-    blocks = num_blocks(config, block_bytes, max_len)
-    cache = KvCache(spec, blocks, config.block_size, dtype, device)
-    batch = Batch(config.max_batch, max_len, config.block_size, device, dtype)
-    attention = ReferenceAttention(spec.attention_scale)
-    runner = Runner(model, cache, batch, attention, ThreadGovernor(config.threads))
-    warm_up(runner, min(_WARM_UP_TOKENS, max_len - 1, blocks * config.block_size - 1), config)
-    limits = Limits(
-        max_len=max_len,
-        vocab_size=spec.vocab_size,
-        block_size=config.block_size,
-        num_blocks=blocks,
-        max_batch=config.max_batch,
-        weights_bytes=model.nbytes,
-        kv_bytes=cache.nbytes,
-        load_s=time.monotonic() - began,
-        device=config.device,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    return Device(runner, limits)

@@ -1,4 +1,4 @@
-"""The one generic decoder: pre-norm blocks of attention and gated MLP, driven by a `ModelSpec`.
+"""The one generic decoder: blocks of attention and MLP, driven by a `ModelSpec`.
 
 Owns the weights. Must not know requests, scheduling or sampling: token ids, positions and the
 step's attention inputs come as arguments, hidden states go out.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInputs
-from engine.models.parts import GatedMlp, RmsNorm, Rope
+from engine.attention.base import AttentionBackend, AttentionInputs, AttentionRule
+from engine.models.parts import Experts, GatedMlp, RmsNorm, Rope
 from engine.models.spec import ModelSpec
 from engine.quant.base import Linear
 
@@ -20,37 +21,51 @@ from engine.quant.base import Linear
 class Layer(NamedTuple):
     """Weights of one block. `qkv` is packed: query heads, then key heads, then value heads."""
 
-    input_norm: RmsNorm
+    attention_norm: RmsNorm | None
     qkv: Linear
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
     output: Linear
-    mlp_norm: RmsNorm
-    mlp: GatedMlp
+    attention_post_norm: RmsNorm | None
+    mlp_norm: RmsNorm | None
+    mlp: GatedMlp | Experts
+    mlp_post_norm: RmsNorm | None
 
     @property
     def nbytes(self) -> int:
         """Memory held by this block's weights."""
-        return sum(part.nbytes for part in self)
+        return sum(part.nbytes for part in self if part is not None)
+
+
+class Ends(NamedTuple):
+    """What stands before and behind the blocks. The head of a tied model shares the embedding."""
+
+    embedding: Tensor
+    norm: RmsNorm
+    head: Linear
 
 
 class Decoder:
-    """[num_tokens] ids -> hidden states -> logits, over a paged KV cache."""
+    """See `engine.models.base.Model`."""
 
-    def __init__(
-        self, spec: ModelSpec, embedding: Tensor, layers: list[Layer], norm: RmsNorm, head: Linear
-    ) -> None:
+    def __init__(self, spec: ModelSpec, ends: Ends, layers: list[Layer], max_len: int) -> None:
+        """`max_len` is the longest context that will be served."""
         self._spec = spec
-        self._embedding = embedding
+        self._ends = ends
         self._layers = layers
-        self._norm = norm
-        self._head = head
-        self._rope = Rope(spec.rope, spec.max_len, embedding.device)
+        self._ropes = [Rope(rope, max_len, ends.embedding.device) for rope in spec.ropes]
+        self._rules = [
+            AttentionRule(spec.attention_scale, layer.window, spec.attention_softcap)
+            for layer in spec.layers
+        ]
+        # Gemma's own code rounds the scale to the model's type.
+        scale = torch.tensor(spec.embedding_scale, dtype=ends.embedding.dtype)
+        self._embedding_scale = float(scale)
 
     @property
     def nbytes(self) -> int:
         """Memory held by the weights."""
-        parts = [self._embedding.nbytes, self._head.nbytes, self._norm.nbytes]
-        parts += [layer.nbytes for layer in self._layers]
-        return sum(parts)
+        return sum(part.nbytes for part in self._ends) + sum(layer.nbytes for layer in self._layers)
 
     def forward(
         self,
@@ -60,23 +75,64 @@ class Decoder:
         inputs: AttentionInputs,
         attention: AttentionBackend,
     ) -> Tensor:
-        """int64 [num_tokens] ids and positions -> hidden states [num_tokens, hidden], not normed.
-
-        Writes the keys and values of all tokens into `kv`, one tensor a layer.
-        """
+        """See `engine.models.base.Model`: hidden states before the final norm."""
         spec = self._spec
-        queries, rotated = spec.num_heads, spec.num_heads + spec.kv_heads
-        heads = rotated + spec.kv_heads
-        rotations = self._rope.at(positions)
-        hidden = F.embedding(ids, self._embedding)
-        for layer, layer_kv in zip(self._layers, kv, strict=True):
-            qkv = layer.qkv(layer.input_norm(hidden)).view(-1, heads, spec.head_dim)
-            self._rope.rotate_(qkv[:, :rotated], rotations)
-            mixed = attention.attend(qkv[:, :queries], qkv[:, queries:], layer_kv, inputs)
-            hidden = layer.output.add(mixed, hidden)
-            hidden = layer.mlp.add(layer.mlp_norm(hidden), hidden)
+        rotations = [rope.at(positions) for rope in self._ropes]
+        hidden = F.embedding(ids, self._ends.embedding)
+        if self._embedding_scale != 1.0:
+            hidden = hidden.mul_(self._embedding_scale)
+        steps = zip(self._layers, spec.layers, self._rules, kv, strict=True)
+        for layer, layer_spec, rule, layer_kv in steps:
+            rotation = None if layer_spec.rope < 0 else rotations[layer_spec.rope]
+            queries, keys_values = self._project(layer, hidden, layer_spec.rope, rotation)
+            mixed = attention.attend(queries, keys_values, layer_kv, inputs, rule)
+            hidden = self._add(layer.output, mixed, hidden, layer.attention_post_norm)
+            normed = hidden if layer.mlp_norm is None else layer.mlp_norm(hidden)
+            hidden = self._add(layer.mlp, normed, hidden, layer.mlp_post_norm)
         return hidden
 
+    def last_hidden(self, hidden: Tensor) -> Tensor:
+        """See `engine.models.base.Model`."""
+        return self._ends.norm(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the wanted tokens [n, hidden] -> float32 [n, vocab_size]."""
-        return self._head(self._norm(hidden)).float()
+        """See `engine.models.base.Model`."""
+        logits = self._ends.head(self._ends.norm(hidden)).float()
+        if self._spec.logit_scale != 1.0:
+            logits = logits.mul_(self._spec.logit_scale)
+        cap = self._spec.logit_softcap
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+    def _project(
+        self, layer: Layer, hidden: Tensor, rope: int, rotation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [n, num_heads, head_dim] and packed keys and values [n, 2 * kv_heads, head_dim].
+
+        In place: all stay where the packed projection put them.
+        """
+        spec = self._spec
+        normed = hidden if layer.attention_norm is None else layer.attention_norm(hidden)
+        queries, rotated = spec.num_heads, spec.num_heads + spec.kv_heads
+        qkv = layer.qkv(normed).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            self._norm_(qkv[:, :queries], layer.q_norm)
+            self._norm_(qkv[:, queries:rotated], layer.k_norm)
+        if rotation is not None:
+            self._ropes[rope].rotate_(qkv[:, :rotated], rotation)
+        return qkv[:, :queries], qkv[:, queries:]
+
+    def _norm_(self, heads: Tensor, norm: RmsNorm) -> None:
+        if self._spec.qk_norm == "all":
+            heads.copy_(norm(heads.flatten(1)).view(heads.shape))
+        else:
+            heads.copy_(norm(heads))
+
+    def _add(
+        self, part: Linear | GatedMlp | Experts, x: Tensor, residual: Tensor, norm: RmsNorm | None
+    ) -> Tensor:
+        """residual + part(x), which is normed and scaled first where the model does so."""
+        if norm is None and self._spec.residual_scale == 1.0:
+            return part.add(x, residual)
+        y = part(x)
+        y = y if norm is None else norm(y)
+        return residual.add_(y, alpha=self._spec.residual_scale)

@@ -14,6 +14,7 @@ from router.api.chat import adds_generation_prompt, template_messages
 from router.api.generation import Generations
 from router.api.http import read_json_body, send_bytes, send_json, while_connected
 from router.api.schemas import DetokenizeRequest, TokenizeRequest, decode_body
+from router.embed_flow import EmbedFlow
 from router.errors import BadRequest, Overloaded
 from router.flow import Flow
 from router.metrics import CONTENT_TYPE, Metrics
@@ -40,9 +41,10 @@ class Health(Protocol):
 class Models:
     """GET /v1/models and /v1/models/{id}."""
 
-    def __init__(self, models: ModelTable, flow: Flow) -> None:
+    def __init__(self, models: ModelTable, flow: Flow, embed_flow: EmbedFlow) -> None:
         self._models = models
         self._flow = flow
+        self._embed_flow = embed_flow
 
     async def list(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         """All names; several names of one model are several entries."""
@@ -55,7 +57,8 @@ class Models:
         await send_json(send, self._entry(name, self._models.find(name)))
 
     def _entry(self, name: str, model: ServedModel) -> dict[str, Any]:
-        return {
+        limits = self._embed_flow.told_limits(model)
+        entry: dict[str, Any] = {
             "id": name,
             "object": "model",
             "created": model.created_s,
@@ -63,7 +66,19 @@ class Models:
             "root": model.name,
             "parent": None,
             "max_model_len": self._flow.max_len(model),
+            "capabilities": {
+                "chat_completions": model.generates and model.template is not None,
+                "completions": model.generates,
+                "embeddings": not model.generates or (limits is not None and limits.size > 0),
+            },
         }
+        if limits is not None and limits.size:
+            entry["embeddings"] = {
+                "dimensions": limits.size,
+                "max_tokens": limits.max_len,
+                "pooling": model.pooling.kind,
+            }
+        return entry
 
 
 class Tokens:

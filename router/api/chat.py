@@ -44,7 +44,7 @@ class ChatCompletions:
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
         request = decode_body(body, ChatRequest)
-        model = self._generations.model(request.model)
+        model = self._generations.generating_model(request.model)
         job = await self._prepare(scope, request, model)
         form = ChatForm(request, job)
         steps = self._generations.run(job)

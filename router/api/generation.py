@@ -51,6 +51,17 @@ class Generations:
         """Raises ModelNotFound."""
         return self._models.find(name)
 
+    def generating_model(self, name: str) -> ServedModel:
+        """Raises ModelNotFound, and BadRequest for a model that makes embeddings only."""
+        model = self._models.find(name)
+        if not model.generates:
+            raise BadRequest(
+                f"The model '{name}' makes embeddings only; it works with /v1/embeddings.",
+                param="model",
+                code="unsupported_operation",
+            )
+        return model
+
     async def encode(
         self,
         model: ServedModel,

@@ -7,7 +7,7 @@ is in a body, nor any engine. Nothing here is per token.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -134,6 +134,16 @@ async def _disconnect(receive: Receive) -> None:
 async def send_json(send: Send, value: Any, status: int = 200) -> None:
     """One JSON answer."""
     await send_bytes(send, msgspec.json.encode(value), b"application/json", status)
+
+
+async def send_parts(send: Send, parts: Iterable[bytes], content_type: bytes) -> None:
+    """One answer, made and sent a part at a time; the event loop turns after each."""
+    headers = [(b"content-type", content_type)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for part in parts:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+        await asyncio.sleep(0)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def send_bytes(send: Send, body: bytes, content_type: bytes, status: int = 200) -> None:

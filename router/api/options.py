@@ -116,6 +116,7 @@ def text_rules_of(
     return TextRules(
         pieces=model.tokenizer.pieces(skip_special=request.skip_special_tokens is not False),
         strip_space=model.tokenizer.strips_space and not continues,
+        errors=model.tokenizer.decode_errors,
         stops=StopStrings(stops) if stops else None,
         stop_ids=frozenset((*ends, *given)),
         include_stop=bool(request.include_stop_str_in_output),

@@ -163,6 +163,22 @@ class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class EmbeddingRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of POST /v1/embeddings. `input` is read later, a part at a time: it may be megabytes."""
+
+    input: msgspec.Raw = msgspec.Raw()
+    model: str | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    add_special_tokens: bool | None = None
+    messages: list[Any] | None = None
+    embed_dtype: str | None = None
+    endianness: str | None = None
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
     """Body of POST /tokenize: either `prompt` or `messages`."""
 

@@ -14,10 +14,7 @@ import msgspec
 
 from router.errors import EXIT_CONFIG, StartError
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-_MAX_INDEX_BYTES = 64 * 1024 * 1024
 
 # name -> bits per value
 _TYPE_BITS = {
@@ -83,41 +80,6 @@ def read_safetensors(path: Path) -> tuple[SafeTensor, ...]:
             return _checked(file.read(header_bytes), size - 8 - header_bytes)
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise StartError(f"{path} is no usable safetensors file: {error}", EXIT_CONFIG) from error
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder, () if it has none.
-
-    An index names the shards; without one, `model.safetensors` or all files of that kind.
-    Raises `StartError` if the index is unreadable, points outside the folder or to a missing file.
-    """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return tuple(folder / name for name in _shards(index))
-    if (folder / SINGLE_NAME).is_file():
-        return (folder / SINGLE_NAME,)
-    return tuple(sorted(folder.glob("*.safetensors")))
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        if index.stat().st_size > _MAX_INDEX_BYTES:
-            raise _Broken(f"it is larger than {_MAX_INDEX_BYTES:,} bytes")
-        names = sorted(
-            set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
-        )
-        for name in names:
-            if name != Path(name).name or name in ("", ".", ".."):
-                raise _Broken(f"it names {name!r}, which is no file of the folder")
-            if not (index.parent / name).is_file():
-                raise _Broken(f"it names {name}, which is missing: download it again")
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise StartError(f"{index} is not usable: {error}", EXIT_CONFIG) from error
-    return names
 
 
 def _checked(header: bytes, data_bytes: int) -> tuple[SafeTensor, ...]:

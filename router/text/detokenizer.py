@@ -13,13 +13,17 @@ class Detokenizer:
     Joined results equal decoding the joined bytes at once, however the ids were chunked: bytes
     that do not yet complete a character are held back, invalid ones become U+FFFD.
     `strip_space` drops one space from the very start of the text (sentencepiece vocabularies mark
-    the start of a text that way); leave it off where the ids continue a text.
+    the start of a text that way); leave it off where the ids continue a text. `errors` is the codec
+    error handler for invalid bytes (see `Tokenizer.decode_errors`).
     """
 
-    __slots__ = ("_held", "_pieces", "_strip_space")
+    __slots__ = ("_errors", "_held", "_pieces", "_strip_space")
 
-    def __init__(self, pieces: Sequence[bytes], *, strip_space: bool = False) -> None:
+    def __init__(
+        self, pieces: Sequence[bytes], *, strip_space: bool = False, errors: str = "replace"
+    ) -> None:
         self._pieces = pieces
+        self._errors = errors
         self._held = b""  # the first bytes of a character
         self._strip_space = strip_space
 
@@ -35,7 +39,7 @@ class Detokenizer:
             data = data.removeprefix(b" ")
         # codecs' incremental decoder does the same in Python, at three times the cost
         data = self._held + data
-        text, used = utf_8_decode(data, "replace", False)
+        text, used = utf_8_decode(data, self._errors, False)
         self._held = data[used:]
         return text
 
@@ -43,4 +47,4 @@ class Detokenizer:
         """End of the sequence: bytes still held back become U+FFFD. The state is as new after it,
         but for the start of the text."""
         held, self._held = self._held, b""
-        return held.decode("utf-8", "replace")
+        return held.decode("utf-8", self._errors)

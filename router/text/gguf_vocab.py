@@ -12,7 +12,6 @@ ways (there is no piece of space + digit), but "a  2" would not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -20,45 +19,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from engine.gguf import Value
 from router.checkpoint.gguf import read_gguf
 from router.errors import EXIT_CONFIG, StartError
-from router.text.vocabulary import (
-    PieceStyle,
-    Vocabulary,
-    add_tokens,
-    make_anchor,
-    make_plain,
-    piece_table,
-    special_tokens,
-)
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _TAIL
-_QWEN2 = _WORDS + r"|\p{N}" + _TAIL
-
-
-@dataclass(frozen=True, slots=True)
-class _Pre:
-    """Expressions applied one after the other, each to the pieces that the one before left."""
-
-    splits: tuple[str, ...]
-    add_bos: bool = False  # where the file does not say
-    ignore_merges: bool = False  # a word that is a piece stays whole
-
-
-_PRE_TOKENIZERS: dict[str, _Pre] = {
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "jais", "phi-2"), _Pre((_GPT2,))),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"),
-        _Pre((r"\p{N}", _GPT2)),
-    ),
-    **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe"), _Pre((_LLAMA3,), add_bos=True, ignore_merges=True)
-    ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _Pre((_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _Pre((_QWEN2,))),
-    "default": _Pre((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
+from router.text.fast_codec import FastCodec, add_tokens, piece_table, special_tokens
+from router.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from router.text.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, open_model, write_model
+from router.text.vocabulary import EACH_BYTE, PieceStyle, Vocabulary
 
 _CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4
 
@@ -94,24 +58,21 @@ def _vocabulary(metadata: Mapping[str, Value]) -> Vocabulary:
     if model != "gpt2":
         raise ValueError(f"its kind is {model!r}, known is 'gpt2' (byte-level BPE)")
     name = metadata.get("tokenizer.ggml.pre", "default")
-    pre = _PRE_TOKENIZERS.get(str(name))
+    pre = PRE_TOKENIZERS.get(str(name))
     if pre is None:
         raise ValueError(
-            f"its pre-tokenizer {name!r} is not known; known are {', '.join(_PRE_TOKENIZERS)}"
+            f"its pre-tokenizer {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}"
         )
     tokens = _texts(metadata, "tokens")
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ValueError("it has not one token type for each token")
     parsing = _tokenizer(tokens, kinds, _texts(metadata, "merges"), pre)
-    anchor = make_anchor()
     special = special_tokens(parsing)
     bos_id = _id(metadata, "bos_token_id", len(tokens))
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)
     return Vocabulary(
-        parsing=parsing,
-        plain=make_plain(parsing, anchor),
-        anchor=anchor,
+        codec=FastCodec(parsing, special),
         pieces=piece_table(parsing, PieceStyle(byte_level=True)),
         special=special,
         bos_id=bos_id,
@@ -122,7 +83,7 @@ def _vocabulary(metadata: Mapping[str, Value]) -> Vocabulary:
 
 
 def _tokenizer(
-    tokens: list[str], kinds: Sequence[object], merges: list[str], pre: _Pre
+    tokens: list[str], kinds: Sequence[object], merges: list[str], pre: PreTokenizer
 ) -> Tokenizer:
     vocab = {token: number for number, token in enumerate(tokens)}
     if len(vocab) < len(tokens):

@@ -13,16 +13,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from router.checkpoint.facts import read_config
 from router.errors import EXIT_CONFIG, StartError
-from router.text.vocabulary import (
-    Vocabulary,
-    make_anchor,
-    make_plain,
-    piece_table,
-    special_tokens,
-    style_of_decoder,
-)
+from router.text.fast_codec import FastCodec, piece_table, special_tokens
+from router.text.settings import end_ids, optional_config, text_of
+from router.text.vocabulary import EACH_BYTE, Vocabulary, style_of_decoder
 
 FILE_NAME = "tokenizer.json"
 
@@ -49,25 +43,21 @@ def load_hf_vocabulary(folder: Path) -> Vocabulary:
         optional_config(folder / "config.json"),
     ]
     bos_id = _bos_id(parsing, settings, configs)
-    anchor = make_anchor()
+    special = special_tokens(parsing)
     pieces = piece_table(parsing, style)
+    prefix_ids, suffix_ids = _frame(parsing, settings, bos_id)
     return Vocabulary(
-        parsing=parsing,
-        plain=make_plain(parsing, anchor),
-        anchor=anchor,
+        codec=FastCodec(parsing, special),
         pieces=pieces,
-        special=special_tokens(parsing),
+        special=special,
         bos_id=bos_id,
-        eos_ids=_eos_ids(parsing, settings, configs, len(pieces)),
-        prefix_ids=_prefix_ids(parsing, settings, bos_id),
+        eos_ids=end_ids([_token_id(parsing, settings.get("eos_token"))], configs, len(pieces)),
+        prefix_ids=prefix_ids,
+        suffix_ids=suffix_ids,
         unk_id=_token_id(parsing, settings.get("unk_token")),
         strips_space=style.strips_space,
+        errors=EACH_BYTE if style.byte_fallback else "replace",
     )
-
-
-def optional_config(path: Path) -> dict[str, Any]:
-    """A JSON object, {} if there is no such file. Raises `StartError` if it is unreadable."""
-    return read_config(path) if path.is_file() else {}
 
 
 def _missing(folder: Path) -> str:
@@ -87,10 +77,7 @@ def _decoder(tokenizer: Tokenizer) -> Mapping[str, Any] | None:
 
 
 def _token_id(tokenizer: Tokenizer, token: object) -> int | None:
-    """Of a token as written in a config: its text, or an object with it as `content`."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return tokenizer.token_to_id(text_of(token))
 
 
 def _bos_id(
@@ -103,35 +90,18 @@ def _bos_id(
     return found
 
 
-def _eos_ids(
-    tokenizer: Tokenizer,
-    settings: Mapping[str, Any],
-    configs: list[dict[str, Any]],
-    vocab_size: int,
-) -> tuple[int, ...]:
-    """All of them: generation_config.json lists more than config.json (zai-org/GLM-4#127)."""
-    found: list[object] = [_token_id(tokenizer, settings.get("eos_token"))]
-    for config in configs:
-        value = config.get("eos_token_id")
-        found += value if isinstance(value, list) else [value]
-    ids = [token for token in found if isinstance(token, int) and 0 <= token < vocab_size]
-    return tuple(dict.fromkeys(ids))
-
-
-def _prefix_ids(
+def _frame(
     tokenizer: Tokenizer, settings: Mapping[str, Any], bos_id: int | None
-) -> tuple[int, ...]:
-    """The start: `add_bos_token` where it is written, else what the file's post-processor adds.
-
-    What the latter adds at the end is left out: an answer follows there.
-    """
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Start and end: `add_bos_token` where it is written, else what the post-processor adds."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a", add_special_tokens=True).ids
     starts = [at for at in range(len(full)) if full[at : at + len(bare)] == bare]
-    own = tuple(full[: starts[-1]]) if starts else ()
+    first, last = (starts[-1], starts[-1] + len(bare)) if starts else (0, len(full))
+    before, behind = tuple(full[:first]), tuple(full[last:])
     wanted = settings.get("add_bos_token")
     if wanted is False:
-        return ()
-    if wanted is True and not own and bos_id is not None:
-        return (bos_id,)
-    return own
+        return (), behind
+    if wanted is True and not before and bos_id is not None:
+        return (bos_id,), behind
+    return before, behind

@@ -11,7 +11,7 @@ from pathlib import Path
 from router.text.gguf_vocab import load_gguf_vocabulary
 from router.text.hf_vocab import load_hf_vocabulary
 from router.text.template import ChatTemplate, load_template
-from router.text.tokenizer import FastTokenizer, Tokenizer
+from router.text.tokenizer import ModelTokenizer, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,5 +30,5 @@ def load_text(path: Path) -> ModelText:
 def load_tokenizer(path: Path) -> Tokenizer:
     """From a model folder or a .gguf file. Raises `StartError` naming file and remedy."""
     if path.is_dir():
-        return FastTokenizer(load_hf_vocabulary(path))
-    return FastTokenizer(load_gguf_vocabulary(path))
+        return ModelTokenizer(load_hf_vocabulary(path))
+    return ModelTokenizer(load_gguf_vocabulary(path))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 
 from router.errors import ModelNotFound
+from router.text.pooling import PoolingRule
 from router.text.template import ChatTemplate
 from router.text.tokenizer import Tokenizer
 
@@ -19,7 +21,8 @@ from router.text.tokenizer import Tokenizer
 class ServedModel:
     """One model as clients see it. `names[0]` is its key in fleet, admission and metrics.
 
-    `max_len` bounds prompt and answer together; engines may report less.
+    `max_len` bounds prompt and answer together; engines may report less. One that does not
+    `generate` (an encoder) makes embeddings only.
     """
 
     names: tuple[str, ...]
@@ -27,6 +30,8 @@ class ServedModel:
     template: ChatTemplate | None
     max_len: int
     created_s: int  # unix time
+    generates: bool = True
+    pooling: PoolingRule = field(default_factory=PoolingRule)
 
     @property
     def name(self) -> str:
@@ -37,6 +42,14 @@ class ServedModel:
     def max_chars(self) -> int:
         """More characters than this are more than `max_len` tokens, whatever they are."""
         return self.max_len * max(map(len, self.tokenizer.pieces(skip_special=False)))
+
+    @cached_property
+    def embedding_frame(self) -> tuple[int, int]:
+        """How many ids its tokenizer puts before and behind a text to be embedded."""
+        nothing, some = (self.tokenizer.encode_for_embedding(text) for text in ("", "a"))
+        pairs = zip(nothing, some, strict=False)
+        first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return first, len(nothing) - first
 
     @cached_property
     def fingerprint(self) -> str:

@@ -21,8 +21,8 @@ from jinja2.exceptions import SecurityError, TemplateError
 
 from router.checkpoint.gguf import read_gguf
 from router.errors import EXIT_CONFIG, BadRequest, StartError
-from router.text.hf_vocab import optional_config
 from router.text.sandbox import Program, TemplateRefused
+from router.text.settings import optional_config
 from router.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]

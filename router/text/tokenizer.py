@@ -1,7 +1,7 @@
 """Text to token ids and back, for one model.
 
 Owns the vocabulary. Must not know templates, requests or threads (encoding releases the GIL and may
-be called from several). Files are read by `router.text.hf_vocab` and `router.text.gguf_vocab`.
+be called from several). Files are read by the `..._vocab` modules, text is cut by a `Codec`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Tokenizer(Protocol):
         """A text's first token carries a space that is not part of the text."""
         ...
 
+    @property
+    def decode_errors(self) -> str:
+        """The codec error handler that shows bytes which are no UTF-8."""
+        ...
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Ids of a text.
 
@@ -60,6 +65,13 @@ class Tokenizer(Protocol):
 
         Each key of `untrusted` stands in the text for its value, which is encoded as plain text.
         `prefix_ids` are in front exactly once.
+        """
+        ...
+
+    def encode_for_embedding(self, text: str) -> list[int]:
+        """Ids of a text to be embedded, all of them, with what the model's files put around it.
+
+        The text is plain: none of its ids is a control token.
         """
         ...
 
@@ -116,15 +128,16 @@ class SpecialNames:
         return len(text) < self._longest and text in self._all
 
 
-class FastTokenizer:
-    """A `Tokenizer` on top of the tokenizers library."""
+class ModelTokenizer:
+    """A `Tokenizer` over a vocabulary of any kind."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._codec = vocabulary.codec
         self._special_ids = frozenset(vocabulary.special)
         # unknown characters become the unknown token: that is text, though an unreadable one
         self._control_ids = self._special_ids - {vocabulary.unk_id}
-        self._names = SpecialNames(vocabulary.special.values())
+        self._names = SpecialNames(self._codec.names)
         self._shown = tuple(
             vocabulary.special[token].encode() if token in vocabulary.special else piece
             for token, piece in enumerate(vocabulary.pieces)
@@ -154,30 +167,28 @@ class FastTokenizer:
     def strips_space(self) -> bool:
         return self._vocabulary.strips_space
 
+    @property
+    def decode_errors(self) -> str:
+        return self._vocabulary.errors
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        ids = self._parsed(text) if parse_special else self._plain(text)
+        ids = self._codec.parsed(text) if parse_special else self._plain(text)
         return self._prefixed(ids) if add_special else ids
 
     def encode_trusted(self, text: str, untrusted: dict[str, str]) -> list[int]:
         if not untrusted:
-            return self._prefixed(self._parsed(text))
+            return self._prefixed(self._codec.parsed(text))
         restore = re.compile("|".join(map(re.escape, untrusted)))
-
-        def restored(part: str) -> str:
-            return restore.sub(lambda match: untrusted[match[0]], part)
-
         ids: list[int] = []
-        end = 0
-        (encoded,) = self._vocabulary.parsing.encode_batch([text], add_special_tokens=False)
-        for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
-            name = self._vocabulary.special.get(token)
-            if name is None or text[first:last].strip() != name.strip():
-                continue
-            ids += self._plain(restored(text[end:first]), starts=end == 0)
-            ids.append(token)
-            end = last
-        ids += self._plain(restored(text[end:]), starts=end == 0)
+        for i, (part, token) in enumerate(self._codec.cut(text)):
+            part = restore.sub(lambda match: untrusted[match[0]], part)
+            ids += self._plain(part, starts=i == 0)
+            if token is not None:
+                ids.append(token)
         return self._prefixed(ids)
+
+    def encode_for_embedding(self, text: str) -> list[int]:
+        return [*self.prefix_ids, *self._plain(text), *self._vocabulary.suffix_ids]
 
     @property
     def special_names(self) -> SpecialNames:
@@ -199,35 +210,23 @@ class FastTokenizer:
         data = b"".join([pieces[token] for token in ids if 0 <= token < size])
         if self.strips_space and not continues:
             data = data.removeprefix(b" ")
-        return data.decode("utf-8", "replace")
+        return data.decode("utf-8", self.decode_errors)
 
     def _prefixed(self, ids: list[int]) -> list[int]:
         """With exactly one start: not a second one before ids that bring their own."""
         prefix = list(self.prefix_ids)
         return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
 
-    def _parsed(self, text: str) -> list[int]:
-        (encoded,) = self._vocabulary.parsing.encode_batch_fast([text], add_special_tokens=False)
-        return encoded.ids
-
     def _plain(self, text: str, *, starts: bool = True) -> list[int]:
         """Ids of a text in which nothing is a control token; `starts`: it begins the prompt."""
         if not text:
             return []
-        whole = text if starts else self._vocabulary.anchor + text
-        (encoded,) = self._vocabulary.plain.encode_batch_fast([whole], add_special_tokens=False)
-        ids = encoded.ids if starts else encoded.ids[1:]
+        ids = self._codec.plain(text, starts=starts)
         if self._control_ids.isdisjoint(ids):
             return ids
-        return self._broken_up(text, starts)
-
-    def _broken_up(self, text: str, starts: bool) -> list[int]:
-        """For models that hold control tokens as ordinary pieces too: cut their names apart."""
+        # The model holds control tokens as ordinary pieces too: cut their names apart.
         match = self._names.pattern.search(text)
         if match is None:  # the piece of one character, or found after normalization: leave it out
-            whole = text if starts else self._vocabulary.anchor + text
-            (encoded,) = self._vocabulary.plain.encode_batch_fast([whole], add_special_tokens=False)
-            ids = encoded.ids if starts else encoded.ids[1:]
             return [token for token in ids if token not in self._control_ids]
         cut = match.start() + 1
         return self._plain(text[:cut], starts=starts) + self._plain(text[cut:], starts=False)

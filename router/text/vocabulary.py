@@ -1,40 +1,73 @@
 """What a model's files say about its vocabulary, ready for encoding and decoding.
 
-Owns nothing: values and the functions that build them. Must not know where the files are.
+Owns nothing: values and the functions that build them. Must not know where the files are, nor any
+library: how text becomes ids is behind `Codec`.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping
+import codecs
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
-
-from tokenizers import AddedToken, Tokenizer
+from typing import Any, Final, Protocol
 
 SPACE_MARK = "▁"
 
 
+class Codec(Protocol):
+    """Text to ids by the rules of one library. Several threads may use it at once."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The texts that are taken for control tokens where those are looked for."""
+        ...
+
+    def plain(self, text: str, *, starts: bool) -> list[int]:
+        """Ids of a text in which no control tokens are looked for; `starts`: it begins the prompt.
+
+        They hold control tokens all the same where the model has them as ordinary pieces too.
+        """
+        ...
+
+    def parsed(self, text: str) -> list[int]:
+        """Ids of a text at the start of a prompt, written control tokens included."""
+        ...
+
+    def cut(self, text: str) -> Sequence[tuple[str, int | None]]:
+        """Stretches of text, each with the control token behind it; the last one has none."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`parsing` turns written control tokens into ids, `plain` leaves them as text.
+    """`pieces[id]` is b"" for control tokens and for holes; `special` names the control tokens.
 
-    Both share one model. `pieces[id]` is b"" for control tokens and for holes. `plain` also knows
-    `anchor`, an unguessable text that becomes one id beyond the vocabulary: what is encoded after
-    it is not the start of a text (some vocabularies put a space before the first word only).
+    `errors` is the codec error handler by which bytes that are no UTF-8 are shown.
     """
 
-    parsing: Tokenizer
-    plain: Tokenizer
-    anchor: str
+    codec: Codec
     pieces: tuple[bytes, ...]
     special: Mapping[int, str]
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()  # behind a text that is embedded; answers follow none
     unk_id: int | None = None
     strips_space: bool = False
+    errors: str = "replace"
+
+
+EACH_BYTE: Final = "router.each_byte"
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    """One U+FFFD for each byte, as sentencepiece shows them; Python's own takes some together."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\N{REPLACEMENT CHARACTER}" * (error.end - error.start), error.end
+
+
+codecs.register_error(EACH_BYTE, _each_byte)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,52 +139,6 @@ def style_of_decoder(decoder: Mapping[str, Any] | None) -> PieceStyle:
         elif kind != "Fuse":
             raise ValueError(f"its decoder {kind!r} is not known")
     return PieceStyle(**found)
-
-
-def piece_table(tokenizer: Tokenizer, style: PieceStyle) -> tuple[bytes, ...]:
-    """id -> bytes of all pieces and added tokens; b"" for control tokens and holes."""
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(ids.values(), default=-1) + 1)
-    for token, number in ids.items():
-        table[number] = style.bytes_of(token)
-    for number, added in tokenizer.get_added_tokens_decoder().items():
-        table[number] = b"" if added.special else added.content.encode()
-    return tuple(table)
-
-
-def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """id -> name of all control tokens."""
-    added = tokenizer.get_added_tokens_decoder()
-    return {number: token.content for number, token in added.items() if token.special}
-
-
-def make_plain(parsing: Tokenizer, anchor: str) -> Tokenizer:
-    """A twin that shares the model but reads control tokens as text."""
-    plain = Tokenizer(parsing.model)
-    if parsing.normalizer is not None:
-        plain.normalizer = parsing.normalizer
-    if parsing.pre_tokenizer is not None:
-        plain.pre_tokenizer = parsing.pre_tokenizer
-    add_tokens(plain, (token for _, token in sorted(parsing.get_added_tokens_decoder().items())))
-    if plain.get_added_tokens_decoder().keys() != parsing.get_added_tokens_decoder().keys():
-        plain = Tokenizer.from_str(parsing.to_str())  # ids with holes cannot be added in order
-    plain.encode_special_tokens = True
-    plain.add_tokens([AddedToken(anchor, special=False, normalized=False)])
-    return plain
-
-
-def add_tokens(tokenizer: Tokenizer, tokens: Iterable[AddedToken]) -> None:
-    """Adds tokens in order; those that the model has keep their ids."""
-    for special, run in groupby(tokens, key=lambda token: token.special):
-        if special:
-            tokenizer.add_special_tokens(list(run))
-        else:
-            tokenizer.add_tokens(list(run))
-
-
-def make_anchor() -> str:
-    """See `Vocabulary`."""
-    return f"\ue5a1{secrets.token_hex(16)}\ue5a2"
 
 
 def _flat(decoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:

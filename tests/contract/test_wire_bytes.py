@@ -15,12 +15,14 @@ from engine.protocol import (
     BadFrame,
     Busy,
     Drain,
+    Embedding,
     Fatal,
     Finish,
     Limits,
     Logprobs,
     Ping,
     Pong,
+    Pooling,
     Ready,
     Sampling,
     Started,
@@ -42,12 +44,22 @@ STATS = Stats(*range(1, 14))
 SAMPLING = Sampling(0.5, 40, 0.9, 0.05, 0.1, -0.2, 1.1, 7, ((5, -1.5),), 2, 0, 3)
 TO_ENGINE: dict[str, ToEngine] = {
     "submit": Submit(3, 17, pack_tokens([1, 258]), SAMPLING, 16, (2, 5), b"salt", -1, 1),
+    "submit pooled": Submit(
+        3, 18, pack_tokens([1]), Sampling(), 0, pooling=Pooling("cls", 8, False)
+    ),
     "abort": Abort(3, (17, 18)),
     "drain": Drain(3),
     "ping": Ping(3, 9),
 }
 TO_ROUTER: dict[str, ToRouter] = {
-    "ready": Ready(3, 1, Limits(2048, 272, 32, 4096, 64, 435456, 1 << 26, 0.5, "cpu", "float32")),
+    "ready": Ready(
+        3,
+        1,
+        Limits(
+            *(2048, 272, 32, 4096, 64, 435456, 1 << 26, 0.5),
+            *("cpu", "float32", 384, False, "int8"),
+        ),
+    ),
     "step": StepOutput(
         3,
         70,
@@ -59,6 +71,7 @@ TO_ROUTER: dict[str, ToRouter] = {
         (Started(17, 32),),
         (Logprobs(17, 4, pack_floats([-0.5]), pack_tokens([88]), pack_floats([-0.5])),),
         (Logprobs(18, 1, pack_floats([-1.0])),),
+        (Embedding(20, pack_floats([0.6, -0.8])),),
     ),
     "pong": Pong(3, 9, STATS),
     "busy": Busy(3, "load", 60.0),
@@ -68,13 +81,38 @@ MESSAGES = TO_ENGINE | TO_ROUTER
 
 GOLDEN = {
     "submit": (
-        "9aa67375626d69740311c40801000000020100009ccb3fe000000000000028cb3feccccccccccccdcb3f"
+        "9ba67375626d69740311c40801000000020100009ccb3fe000000000000028cb3feccccccccccccdcb3f"
         "a999999999999acb3fb999999999999acbbfc999999999999acb3ff199999999999a07919205cbbff800"
-        "000000000002000310920205c40473616c74ff01"
+        "000000000002000310920205c40473616c74ff01c0"
+    ),
+    "submit pooled": (
+        "9ba67375626d69740312c404010000009ccb3ff000000000000000cb3ff0000000000000cb0000000000"
+        "000000cb0000000000000000cb0000000000000000cb3ff00000000000000090ffff000090c400000093"
+        "a3636c7308c2"
     ),
     "abort": "93a561626f727403921112",
     "drain": "92a5647261696e03",
     "ping": "93a470696e670309",
+    "ready": (
+        "94a5726561647903019dcd0800cd011020cd100040ce0006a500ce04000000cb3fe0000000000000a363"
+        "7075a7666c6f61743332cd0180c2a4696e7438"
+    ),
+    "step": (
+        "9ca4737465700346921112920102c40c58000000590000005a000000929312a473746f70a09313a56572"
+        "726f72a37768799d0102030405060708090a0b0c0d9192112091951104c404000000bfc40458000000c4"
+        "04000000bf91951201c404000080bfc400c400919214c4089a99193fcdcc4cbf"
+    ),
+    "pong": "94a4706f6e6703099d0102030405060708090a0b0c0d",
+    "busy": "94a46275737903a46c6f6164cb404e000000000000",
+    "fatal": "94a5666174616c03ac6e6f20737563682066696c654e",
+}
+# The same messages of a sender before embeddings.
+OLDER = {
+    "submit": (
+        "9aa67375626d69740311c40801000000020100009ccb3fe000000000000028cb3feccccccccccccdcb3f"
+        "a999999999999acb3fb999999999999acbbfc999999999999acb3ff199999999999a07919205cbbff800"
+        "000000000002000310920205c40473616c74ff01"
+    ),
     "ready": (
         "94a5726561647903019acd0800cd011020cd100040ce0006a500ce04000000cb3fe0000000000000a363"
         "7075a7666c6f61743332"
@@ -84,9 +122,6 @@ GOLDEN = {
         "726f72a37768799d0102030405060708090a0b0c0d9192112091951104c404000000bfc40458000000c4"
         "04000000bf91951201c404000080bfc400c400"
     ),
-    "pong": "94a4706f6e6703099d0102030405060708090a0b0c0d",
-    "busy": "94a46275737903a46c6f6164cb404e000000000000",
-    "fatal": "94a5666174616c03ac6e6f20737563682066696c654e",
 }
 
 
@@ -139,6 +174,18 @@ def test_older_sender(fields: list[object], message: ToEngine | ToRouter) -> Non
     """Trailing fields that have a default may be missing."""
     frame = msgspec.msgpack.encode(fields)
     assert decode(frame, str(fields[0])) == message
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_sender_before_embeddings(name: str) -> None:
+    limits = Limits(2048, 272, 32, 4096, 64, 435456, 1 << 26, 0.5, "cpu", "float32")
+    expected: dict[str, ToEngine | ToRouter] = {
+        "submit": TO_ENGINE["submit"],
+        "ready": Ready(3, 1, limits),
+        "step": msgspec.structs.replace(TO_ROUTER["step"], embeddings=()),
+    }
+    assert decode(bytes.fromhex(OLDER[name]), name) == expected[name]
+    assert (limits.embedding_size, limits.generates, limits.quant) == (0, True, "none")
 
 
 @pytest.mark.parametrize(

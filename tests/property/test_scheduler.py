@@ -20,11 +20,13 @@ from hypothesis.stateful import (
     rule,
 )
 
-from engine.protocol import Limits, Sampling, Submit, unpack_tokens
+from engine.policy import pooled_slots
+from engine.protocol import Limits, Pooling, Sampling, Submit, unpack_tokens
 from tests.fakes import (
     Answer,
     Driver,
     check_pool,
+    embedding,
     generate,
     logprob,
     make_limits,
@@ -62,6 +64,16 @@ requests = st.fixed_dictionaries(
         "num_generated": st.integers(0, 2),
     }
 )
+poolings = st.builds(Pooling, dimensions=st.sampled_from([0, 0, 2]))
+pooled_requests = st.fixed_dictionaries(
+    {
+        "tokens": prompts,
+        "max_new": st.just(0),
+        "priority": st.sampled_from([0, 0, -5]),
+        "num_generated": st.just(0),
+        "pooling": poolings,
+    }
+)
 
 
 def submit_of(number: int, fields: dict[str, object]) -> Submit:
@@ -88,6 +100,10 @@ def check_answer(submit: Submit, answer: Answer, limits: Limits, cut_short: bool
     if not fits(submit, limits):
         assert (answer.reason, answer.tokens, answer.started) == ("error", [], [])
         return
+    if submit.pooling is not None:
+        check_pooled(submit, answer, cut_short)
+        return
+    assert answer.embeddings == []
     tokens, reason = generate(submit, limits)
     if answer.reason in ("stop", "length"):
         assert (answer.tokens, answer.reason) == (tokens, reason)
@@ -96,6 +112,17 @@ def check_answer(submit: Submit, answer: Answer, limits: Limits, cut_short: bool
         assert cut_short, f"{submit} ended with {answer.finishes}"
         assert answer.tokens == tokens[: len(answer.tokens)]
     check_logprobs(submit, answer)
+
+
+def check_pooled(submit: Submit, answer: Answer, cut_short: bool) -> None:
+    assert submit.pooling is not None
+    assert answer.tokens == []
+    if answer.reason == "stop":
+        assert answer.embeddings == [embedding(unpack_tokens(submit.tokens), submit.pooling)]
+        assert [started.cached for started in answer.started] == [0]
+    else:
+        assert cut_short, f"{submit} ended with {answer.finishes}"
+        assert answer.embeddings == []
 
 
 def check_logprobs(submit: Submit, answer: Answer) -> None:
@@ -115,7 +142,10 @@ def check_logprobs(submit: Submit, answer: Answer) -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Submits, aborts, failing rows and steps with or without running ahead, in any order."""
+    """Submits, aborts, failing rows and steps with or without running ahead, in any order.
+
+    The driver checks each plan, the fake device each read.
+    """
 
     @initialize(limits=all_limits, step_tokens=st.integers(1, 16), prefix_cache=st.booleans())
     def start(self, limits: Limits, step_tokens: int, prefix_cache: bool) -> None:
@@ -130,6 +160,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         number = len(self.submits)
         self.submits[number] = submit_of(number, fields)
         self.driver.submit(self.submits[number])
+
+    @rule(fields=pooled_requests, count=st.integers(1, 6))
+    def submit_texts(self, fields: dict[str, object], count: int) -> None:
+        """Several texts to be embedded, as one request brings them."""
+        for _ in range(count):
+            self.submit(fields)
+
+    @rule(smooth_tokens=st.integers(0, 12))
+    def tune(self, smooth_tokens: int) -> None:
+        """The loop has learnt how fast the device is."""
+        self.driver.smooth_tokens = smooth_tokens
 
     @rule(fields=requests, count=st.integers(2, 4))
     def submit_choices(self, fields: dict[str, object], count: int) -> None:
@@ -177,6 +218,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not ended & set(ids)
         slots = [sequence.slot for sequence in running]
         assert len(set(slots)) == len(slots) <= limits.max_batch
+        pooled = [sequence for sequence in running if sequence.pooling is not None]
+        assert len(pooled) <= pooled_slots(limits.max_batch)
         for queue in (running, waiting):
             assert [s.rank for s in queue] == sorted(s.rank for s in queue)
         for sequence in waiting:
@@ -213,7 +256,11 @@ TestScheduler = SchedulerMachine.TestCase
     step_tokens=st.sampled_from([1, 2, 7, 64]),
     overlap=st.sampled_from([0, 1]),
     prefix_cache=st.booleans(),
-    workload=st.lists(st.tuples(requests, st.integers(0, 3)), min_size=1, max_size=10),
+    workload=st.lists(
+        st.tuples(st.one_of(requests, requests, pooled_requests), st.integers(0, 3)),
+        min_size=1,
+        max_size=10,
+    ),
 )
 def test_answers_depend_on_nothing_but_the_request(
     limits: Limits,
@@ -280,6 +327,12 @@ def crowd(chance: random.Random) -> Driver:
             )
             submits[submit.id] = submit
             driver.submit(submit)
+        if chance.random() < 0.4:
+            text = [chance.randrange(VOCAB_SIZE) for _ in range(chance.randrange(1, MAX_LEN))]
+            submit = make_submit(len(submits), text, 0, pooling=Pooling())
+            submits[submit.id] = submit
+            driver.submit(submit)
+        driver.smooth_tokens = chance.choice([1, 8, 40])
         for _step in range(chance.randrange(6)):
             driver.step(chance.choice([0, 1, 1]))
         if chance.random() < 0.2:

@@ -14,12 +14,14 @@ from engine.protocol import (
     BadFrame,
     Busy,
     Drain,
+    Embedding,
     Fatal,
     Finish,
     Limits,
     Logprobs,
     Ping,
     Pong,
+    Pooling,
     Ready,
     Sampling,
     Started,
@@ -54,14 +56,18 @@ def several(part: st.SearchStrategy[Part]) -> st.SearchStrategy[tuple[Part, ...]
 SAMPLING = st.builds(
     Sampling, *[FLOAT, INT, *[FLOAT] * 5, INT, several(st.tuples(INT, FLOAT)), INT, INT, INT]
 )
-LIMITS = st.builds(Limits, *[INT] * 7, FLOAT, TEXT, TEXT)
+POOLING = st.builds(Pooling, st.sampled_from(["mean", "cls", "last"]), INT, st.booleans())
+LIMITS = st.builds(Limits, *[INT] * 7, FLOAT, TEXT, TEXT, INT, st.booleans(), TEXT)
 STATS = st.builds(Stats, *[INT] * 13)
 FINISHES = several(st.builds(Finish, INT, REASON, TEXT))
 LOGPROBS = several(st.builds(Logprobs, INT, INT, BYTES, BYTES, BYTES))
+EMBEDDINGS = several(st.builds(Embedding, INT, BYTES))
 STARTED = several(st.builds(Started, INT, INT))
 
 TO_ENGINE: st.SearchStrategy[ToEngine] = st.one_of(
-    st.builds(Submit, INT, INT, BYTES, SAMPLING, INT, several(INT), BYTES, INT, INT),
+    st.builds(
+        Submit, INT, INT, BYTES, SAMPLING, INT, several(INT), BYTES, INT, INT, st.none() | POOLING
+    ),
     st.builds(Abort, INT, several(INT)),
     st.builds(Drain, INT),
     st.builds(Ping, INT, INT),
@@ -71,7 +77,7 @@ TO_ROUTER: st.SearchStrategy[ToRouter] = st.one_of(
     st.builds(
         StepOutput,
         *[INT, INT, several(INT), several(INT), BYTES],
-        *[FINISHES, STATS, STARTED, LOGPROBS, LOGPROBS],
+        *[FINISHES, STATS, STARTED, LOGPROBS, LOGPROBS, EMBEDDINGS],
     ),
     st.builds(Pong, INT, INT, STATS),
     st.builds(Busy, INT, TEXT, FLOAT),

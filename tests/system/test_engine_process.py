@@ -20,6 +20,7 @@ from engine.protocol import (
     Fatal,
     Ping,
     Pong,
+    Pooling,
     Ready,
     Sampling,
     StepOutput,
@@ -272,3 +273,45 @@ def test_logprobs(command: Sequence[str], model: str) -> None:
     prompt = [value for part in answer.prompt_logprobs for value in unpack_floats(part.chosen)]
     assert len(prompt) == 5
     assert max(prompt) < 0
+
+
+def test_embeddings_beside_answers(command: Sequence[str], model: str) -> None:
+    with engine_process(command, model=model) as engine:
+        size = engine.ready().limits.embedding_size
+        assert size > 0
+        engine.submit(1, "first", 6)
+        engine.submit(2, "a text", 0, pooling=Pooling())
+        engine.submit(3, "a text", 0, pooling=Pooling(dimensions=3))
+        engine.submit(4, "", 0, pooling=Pooling())
+        answers = engine.finish([1, 2, 3, 4])
+    assert [answers[n].reason for n in (1, 2, 3, 4)] == ["length", "stop", "stop", "error"]
+    (whole,), (cut,) = (list(map(unpack_floats, answers[n].embeddings)) for n in (2, 3))
+    assert (len(whole), len(cut)) == (size, 3)
+    for vector in (whole, cut):
+        assert sum(value * value for value in vector) == pytest.approx(1.0, abs=1e-5)
+    assert answers[1].embeddings == answers[4].embeddings == []
+
+
+def test_an_encoder_makes_embeddings_only(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["BertModel"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with engine_process(REAL, model=str(tmp_path), load_format="dummy") as engine:
+        limits = engine.ready().limits
+        assert (limits.embedding_size, limits.generates, limits.max_len) == (32, False, 64)
+        for number in range(1, 40):
+            engine.submit(number, "a" * number, 0, pooling=Pooling("cls"))
+        engine.submit(40, "a chat", 6)
+        engine.send(Drain(EPOCH))
+        answers = engine.finish(range(1, 41))
+        assert engine.wait() == 0
+    assert {answers[number].reason for number in range(1, 40)} == {"stop"}
+    assert (answers[40].reason, answers[40].tokens) == ("error", [])
+    assert "embeddings only" in answers[40].finishes[0].detail

@@ -22,13 +22,16 @@ from engine.protocol import (
     Finish,
     Ping,
     Pong,
+    Pooling,
     Ready,
     Sampling,
     StepOutput,
     Submit,
     pack_tokens,
+    unpack_floats,
 )
 from tests.engine_process import EPOCH, FAKE, ROOT, EngineProcess, engine_process, start
+from tools.fake_batch import fake_embedding
 from tools.fake_script import load_script
 from tools.tiny_model import EOS_ID, encode_text
 
@@ -371,3 +374,29 @@ def test_runs_from_anywhere(tmp_path: Path) -> None:
 def test_needs_no_torch() -> None:
     code = "import sys, tools.fake_engine; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_embeddings(path: Path) -> None:
+    script = rules(
+        {"match": "broken", "finish": "error", "detail": "no vector"},
+        {"match": "poison", "faults": [{"kind": "crash", "how": "exit", "code": 7}]},
+        embedding_size=5,
+        generates=False,
+    )
+    with play(path, script) as engine:
+        limits = engine.ready().limits
+        assert (limits.embedding_size, limits.generates) == (5, False)
+        for id_, (text, pooling) in enumerate(
+            [("ab", Pooling()), ("ab", Pooling("cls", 2, False)), ("broken", Pooling())]
+        ):
+            engine.submit(id_, text, 0, pooling=pooling)
+        engine.submit(3, "no chat", 4)
+        answers = engine.finish(range(4))
+        tokens = encode_text("ab")
+        assert answers[0].embeddings == [fake_embedding(tokens, Pooling(), 5)]
+        first = float(tokens[0])
+        assert unpack_floats(answers[1].embeddings[0]) == [1 + first % 7, 1 + first * 2 % 7]
+        assert [answers[n].reason for n in range(4)] == ["stop", "stop", "error", "error"]
+        assert answers[2].embeddings == answers[3].embeddings == []
+        engine.submit(4, "poison", 0, pooling=Pooling())
+        assert engine.wait() == 7

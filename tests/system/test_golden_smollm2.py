@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.device.runner import Device
+from engine.device.build import Device
 from engine.protocol import Sampling, unpack_floats, unpack_tokens
 from tests.demo_model import GOLDEN, demo_model
 from tests.generation import Driver, Generated, device_of

@@ -25,7 +25,7 @@ from tests.router_process import ROOT, Start, run_router, tiny_model, wait_gone
         ("--gpus cpu --models smollm2-135m@3", 64, "not in --gpus"),
         ("--host 0.0.0.0 --gpus cpu", 64, "--api-key-file"),
         ("--api-keys sk-1", 64, "--api-key-file"),
-        ("--gpus cpu --quant int8", 78, "not built in yet"),
+        ("--gpus cpu --quant fp8", 78, "not built in yet"),
         ("--gpus 97", 69, "no GPU '97'"),
         ("--gpus cpu --models /no/such/folder", 78, "does not exist"),
         ("--gpus cpu --models no-such-model", 78, "no-such-model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.attention.base import AttentionRule
 from engine.attention.reference import ReferenceAttention
 from engine.device.batch import Batch
 from engine.plan import Admit, Row, StepPlan
@@ -12,15 +13,18 @@ from engine.protocol import Sampling
 
 KV_HEADS, GROUP, HEAD, BLOCK = 2, 3, 8, 4
 HEADS = KV_HEADS * GROUP
-SCALE = HEAD**-0.5
+RULE = AttentionRule(HEAD**-0.5)
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
     """The last len(q) positions attend causally to all of k and v; [tokens, heads, head_dim]."""
     length, start = len(k), len(k) - len(q)
     k, v = k.repeat_interleave(GROUP, 1), v.repeat_interleave(GROUP, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
-    allowed = torch.arange(length) <= (start + torch.arange(len(q)))[:, None]
+    scores = torch.einsum("qhd,khd->hqk", q, k) * rule.scale
+    if rule.softcap:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    distances = (start + torch.arange(len(q)))[:, None] - torch.arange(length)
+    allowed = (distances >= 0) & (distances < (rule.window or length))
     weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1)
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
@@ -39,11 +43,24 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     ],
     ids=["alone", "mixed", "very different lengths", "chunks"],
 )
-def test_equals_dense_attention(steps: list[list[tuple[int, int, int]]]) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RULE,
+        RULE._replace(window=3),
+        RULE._replace(window=12),
+        RULE._replace(softcap=0.5),
+        RULE._replace(window=5, softcap=0.5),
+    ],
+    ids=["plain", "window", "wide window", "softcap", "both"],
+)
+def test_equals_dense_attention(
+    steps: list[list[tuple[int, int, int]]], rule: AttentionRule
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    batch = Batch(3, 64, BLOCK, torch.device("cpu"), torch.float32)
+    batch = Batch(3, 64, BLOCK, torch.device("cpu"), torch.float32, (0, 3, 5, 12))
     memory = torch.zeros(2 * KV_HEADS, 64, BLOCK, HEAD)
-    attention = ReferenceAttention(SCALE)
+    attention = ReferenceAttention()
     # Block numbers are shuffled, so that no test passes by accident of order.
     blocks = torch.randperm(64, generator=generator).view(4, 16).tolist()
     admits = [Admit(slot, [1], 1, blocks[slot], Sampling(), ()) for slot in range(3)]
@@ -55,7 +72,7 @@ def test_equals_dense_attention(steps: list[list[tuple[int, int, int]]]) -> None
         total = sum(row.count for row in rows)
         q = torch.randn(total, HEADS, HEAD, generator=generator)
         k, v = torch.randn(2, total, KV_HEADS, HEAD, generator=generator)
-        out = attention.attend(q, torch.cat((k, v), 1), memory, inputs.attention)
+        out = attention.attend(q, torch.cat((k, v), 1), memory, inputs.attention, rule)
         for index, row in enumerate(rows):
             end = inputs.last[index] + 1
             span = slice(end - row.count, end)
@@ -63,7 +80,7 @@ def test_equals_dense_attention(steps: list[list[tuple[int, int, int]]]) -> None
             past[row.slot].append(torch.stack((k[span], v[span])))
             keys, values = torch.cat(past[row.slot], 1)
             torch.testing.assert_close(
-                out[span], dense(q[span], keys, values), atol=1e-5, rtol=1e-5
+                out[span], dense(q[span], keys, values, rule), atol=1e-5, rtol=1e-5
             )
 
 

@@ -22,13 +22,22 @@ from engine.protocol import (
     Limits,
     Ping,
     Pong,
+    Pooling,
     StepOutput,
     Submit,
     ToRouter,
     unpack_tokens,
 )
 from engine.scheduler import Scheduler
-from tests.fakes import FakeRunner, Ready, generate, make_limits, make_pool, make_submit
+from tests.fakes import (
+    FakeRunner,
+    Ready,
+    embedding,
+    generate,
+    make_limits,
+    make_pool,
+    make_submit,
+)
 
 EPOCH = 1
 
@@ -41,21 +50,24 @@ class Recorded:
     log: list[str] = field(default_factory=list)
     now_s: float = 0.0
     step_s: float = 0.0
+    s_per_token: float = 0.0
+    result_s: float = 0.0  # spent when a result is waited for
 
     def launch(self, plan: StepPlan) -> Pending:
         self.log.append(f"launch {plan.step}")
-        self.now_s += self.step_s
-        return RecordedStep(self.log, plan.step, self.runner.launch(plan))
+        self.now_s += self.step_s + self.s_per_token * sum(row.count for row in plan.rows)
+        return RecordedStep(self, plan.step, self.runner.launch(plan))
 
 
 @dataclass
 class RecordedStep:
-    log: list[str]
+    device: Recorded
     step: int
     ready: Ready
 
     def result(self) -> Sampled:
-        self.log.append(f"result {self.step}")
+        self.device.log.append(f"result {self.step}")
+        self.device.now_s += self.device.result_s
         return self.ready.sampled
 
 
@@ -243,7 +255,7 @@ def test_work_that_cannot_be_planned_is_loud() -> None:
     """A loop that turns without computing would look alive for ever."""
     engine = Engine()
     engine.step(make_submit(1, [1, 2], max_new=20))
-    engine.scheduler.plan = lambda: None  # type: ignore[method-assign]
+    engine.scheduler.plan = lambda _tokens: None  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no step can be planned"):
         engine.step()
 
@@ -260,6 +272,14 @@ def test_a_long_step_announces_itself_before_it_is_launched() -> None:
     assert isinstance(engine.step()[0], StepOutput)  # 44 tokens left: too few to be predicted
 
 
+def test_a_step_launched_ahead_begins_when_the_one_before_it_is_done() -> None:
+    engine = Engine(make_limits(max_len=512, num_blocks=256), overlap=1, step_tokens=100)
+    engine.runner.result_s = 40.0
+    engine.step(make_submit(1, [n % 3 for n in range(500)]))
+    told = [message for _ in range(4) for message in engine.step() if isinstance(message, Busy)]
+    assert [busy.expected_s for busy in told] == [10.0, 40.0, 40.0, 40.0]
+
+
 def test_step_clock_learns_from_large_steps_only() -> None:
     clock = StepClock(s_per_token=1.0)
     assert clock.expected_s(StepClock.LARGE - 1) == 0.0
@@ -267,6 +287,77 @@ def test_step_clock_learns_from_large_steps_only() -> None:
     assert clock.expected_s(100) == 100.0
     clock.learn(200, 4.0)
     assert clock.expected_s(100) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("step_s", "s_per_token", "fitting"),
+    [
+        (0.017, 0.0008, 41),  # a small model on a CPU
+        (0.008, 0.00004, 1050),  # a GPU: the step's budget is less
+        (0.3, 0.05, 9),  # a large model on a CPU, too slow for anything but the least
+    ],
+)
+def test_texts_to_embed_leave_a_stream_its_pace(
+    step_s: float, s_per_token: float, fitting: int
+) -> None:
+    """FastChat#3833: one embedding call stopped a running stream for 15 s."""
+    budget = 256
+    limits = make_limits(max_len=4000, num_blocks=4000, block_size=8, max_batch=16)
+    engine = Engine(limits, step_tokens=budget)
+    engine.runner.step_s, engine.runner.s_per_token = step_s, s_per_token
+    engine.step(make_submit(1, [1, 2], max_new=900))
+    texts = [make_submit(n, [n % 3] * 600, 0, pooling=Pooling()) for n in range(2, 40)]
+    engine.step(*texts)
+    for _ in range(20):
+        engine.step()
+    sizes: list[int] = []
+    for _ in range(30):
+        began_s, computed = engine.runner.now_s, engine.runner.runner.num_positions
+        assert engine.loop.busy
+        before = len(engine.tokens(1))
+        engine.step()
+        sizes.append(engine.runner.runner.num_positions - computed)
+        assert len(engine.tokens(1)) == before + 1, "the stream goes on in every step"
+        took_s = engine.runner.now_s - began_s
+        assert took_s <= max(0.055, step_s + 9 * s_per_token)
+    wanted = min(fitting, budget)
+    assert wanted * 0.85 <= sum(sizes) / len(sizes) <= wanted * 1.1
+    engine.step(Abort(EPOCH, (1,)))
+    computed = engine.runner.runner.num_positions
+    engine.step()
+    assert engine.runner.runner.num_positions == computed + budget, "alone, the whole step"
+    engine.step(Abort(EPOCH, tuple(range(2, 40))))
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_chat_does_not_queue_behind_texts_to_embed(overlap: int) -> None:
+    limits = make_limits(max_len=64, num_blocks=64, max_batch=4)
+    engine = Engine(limits, overlap=overlap, step_tokens=16)
+    texts = [make_submit(n, [n % 3] * 40, 0, pooling=Pooling(), priority=-1) for n in range(2048)]
+    engine.step(*texts)
+    engine.step()
+    engine.step(make_submit(5000, [1, 2, 0], max_new=3, priority=5))
+    engine.step()
+    engine.step()
+    assert len(engine.tokens(5000)) >= 2
+    engine.finish()
+    assert [end.reason for n in range(2048) for end in engine.ends(n)] == ["stop"] * 2048
+    vectors = {v.id: v.values for output in engine.outputs for v in output.embeddings}
+    assert vectors == {text.id: embedding(unpack_tokens(text.tokens), Pooling()) for text in texts}
+
+
+def test_step_clock_comes_to_rest_at_a_smooth_step() -> None:
+    clock, size = StepClock(), 0
+    for _ in range(20):
+        size = clock.smooth_tokens
+        clock.learn(size, 0.01 + 0.001 * size)
+    assert 38 <= size <= 40
+    clock.learn(5, 0.015)  # a small step shows nothing against larger ones
+    assert clock.smooth_tokens >= size
+    clock.learn(30, 0.1)  # the machine has less to give
+    assert clock.smooth_tokens == 15
+    clock.learn(1, 0.0)  # a clock too coarse
+    assert clock.smooth_tokens == 5000
 
 
 class ScriptedLink:

@@ -5,19 +5,45 @@ from __future__ import annotations
 import pytest
 
 from engine import policy
+from engine.protocol import Pooling
 from engine.request import Sequence
 from tests.fakes import make_submit
 
 
-def sequence(number: int, *, priority: int = 0, tokens: list[int] | None = None) -> Sequence:
+def sequence(
+    number: int,
+    *,
+    priority: int = 0,
+    tokens: list[int] | None = None,
+    pooling: Pooling | None = None,
+) -> Sequence:
     tokens = tokens or [1, 2, 3]
-    submit = make_submit(number, tokens, priority=priority)
+    submit = make_submit(number, tokens, priority=priority, pooling=pooling)
     return Sequence(submit, list(tokens), len(tokens) + 4, number, b"root")
 
 
 def test_order_is_priority_then_arrival() -> None:
     late, early, urgent = sequence(2), sequence(1), sequence(3, priority=-1)
     assert sorted([late, early, urgent], key=policy.admission_order) == [urgent, early, late]
+
+
+def test_texts_to_embed_come_last_whatever_their_priority() -> None:
+    text, lazy = sequence(1, priority=-5, pooling=Pooling()), sequence(2, priority=5)
+    assert sorted([text, lazy], key=policy.admission_order) == [lazy, text]
+    assert policy.pick_victim([text, lazy]) is text
+
+
+@pytest.mark.parametrize(("max_batch", "slots"), [(1, 1), (2, 1), (3, 2), (4, 3), (5, 3), (64, 48)])
+def test_texts_to_embed_leave_a_quarter_of_the_slots(max_batch: int, slots: int) -> None:
+    assert policy.pooled_slots(max_batch) == slots
+
+
+@pytest.mark.parametrize(
+    ("left", "used", "smooth", "tokens"),
+    [(500, 12, 60, 48), (20, 12, 60, 20), (500, 12, 9, 8), (500, 100, 60, 8), (3, 100, 60, 3)],
+)
+def test_texts_to_embed_keep_a_step_smooth(left: int, used: int, smooth: int, tokens: int) -> None:
+    assert policy.pooled_budget(left, used, smooth) == tokens
 
 
 def test_the_victim_is_the_last_in_that_order() -> None:

@@ -6,19 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig, ModelError, NotEnoughMemory
+from engine.device.build import build_device
+from engine.device.dummy_weights import DummySource
 from engine.device.memory import num_blocks
-from engine.device.runner import build_device
-from engine.device.weights import DummySource, GgufSource, open_model
-from engine.models.registry import read_spec
-from engine.models.spec import llama_spec
+from engine.device.weights import open_model
 from tools.tiny_model import write_tiny_model
 
 CONFIG: dict[str, Any] = {
@@ -29,40 +25,6 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-
-
-def test_spec_defaults() -> None:
-    spec = read_spec(CONFIG)
-    assert (spec.kv_heads, spec.head_dim, spec.max_len, spec.tied_head) == (4, 8, 2048, False)
-    assert spec.kv_bytes_per_token(4) == 2 * 2 * 4 * 8 * 4
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"architectures": ["MysteryForCausalLM"]}, "MysteryForCausalLM"),
-        ({"architectures": None}, "none named"),
-        ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "32"}, "hidden_size must be a positive integer"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": 1}, "attention_bias"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.factor is missing"),
-        ({"rope_scaling": [1]}, "rope_scaling must be an object"),
-        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
-    ],
-)
-def test_unsupported_configs_name_the_key(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ModelError, match=named):
-        read_spec({**CONFIG, **change})
-
-
-def test_both_spellings_of_rope() -> None:
-    old = {"rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    new = {"rope_parameters": {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}}
-    assert llama_spec({**CONFIG, **old}).rope == llama_spec({**CONFIG, **new}).rope
 
 
 @pytest.fixture
@@ -86,7 +48,7 @@ def test_missing_weight(tiny: Path) -> None:
     weights = load_file(tiny / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, tiny / "model.safetensors")
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight is missing"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight .* is missing"):
         build(tiny)
 
 
@@ -105,16 +67,46 @@ def test_truncated_file(tiny: Path) -> None:
         build(tiny)
 
 
-def test_missing_shard(tiny: Path) -> None:
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "../../etc/passwd"}}
-    (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"shard model-1\.safetensors is missing"):
-        build(tiny)
+def test_missing_shards(tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "model-00002-of-00003.safetensors")
+    with pytest.raises(ModelError, match=r"model-00001-of-00003\.safetensors is missing"):
+        open_model(tiny, "auto")
+    index = tiny / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(ModelError, match=r"names model-1\.safetensors, which is missing"):
+        open_model(tiny, "auto")
+    index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(ModelError, match=r"etc/passwd', which is no file of the folder"):
+        open_model(tiny, "auto")
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_sharded_safetensors(tiny: Path, with_index: bool) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    (tiny / "model.safetensors").unlink()
+    places: dict[str, str] = {}
+    for number in (1, 2):
+        file = f"model-{number:05}-of-00002.safetensors"
+        part = {
+            name: value for i, (name, value) in enumerate(weights.items()) if i % 2 == number - 1
+        }
+        save_file(part, tiny / file)
+        places.update(dict.fromkeys(part, file))
+    save_file({"lora": torch.ones(1)}, tiny / "adapter_model.safetensors")
+    if with_index:
+        index = tiny / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    _, source = open_model(tiny, "auto")
+    for name, value in weights.items():
+        assert source.shape(name) == tuple(value.shape)
+        assert torch.equal(source.get(name, tuple(value.shape)), value)
+    assert source.shape("lora") is None
+    assert source.shape("none") is None
 
 
 def test_no_weights_and_no_config(tiny: Path) -> None:
     (tiny / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+    with pytest.raises(ModelError, match=r"has no weights \(\*\.safetensors or pytorch"):
         build(tiny)
     build(tiny, load_format="dummy")
     (tiny / "config.json").unlink()
@@ -122,56 +114,72 @@ def test_no_weights_and_no_config(tiny: Path) -> None:
         build(tiny)
 
 
-def test_dummy_weights_are_the_same_every_time() -> None:
-    assert torch.equal(DummySource().get("x", (3, 4)), DummySource().get("x", (3, 4)))
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"a":' * 5000])
+def test_unreadable_configs(tiny: Path, content: bytes) -> None:
+    (tiny / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        open_model(tiny, "auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method 'gptq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quant_method 'fp8'"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quant_method None"),
+        ({"quantization_bit": 4}, "quantization_bit 4"),
+    ],
+)
+def test_quantized_checkpoints_are_refused(tiny: Path, change: dict[str, Any], named: str) -> None:
+    file = tiny / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ModelError, match=rf"config\.json: .*{named}.*original checkpoint.*--quant"):
+        open_model(tiny, "auto")
+
+
+def test_quantization_bit_0_is_no_quantization(tiny: Path) -> None:
+    file = tiny / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_bit": 0}))
+    build(tiny)
+
+
+def test_packed_weights_are_refused_without_a_key_too(tiny: Path) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.int8)}, tiny / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name} is stored as I8"):
+        build(tiny)
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter \(LoRA\).*base model 'org/base'"):
+        open_model(tmp_path, "auto")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ModelError, match=r"adapter \(LoRA\).*base model 'org/base'"):
+        open_model(tmp_path, "auto")
+
+
+def test_dummy_weights() -> None:
+    one, other = DummySource(torch.device("cpu")), DummySource(torch.device("cpu"))
+    wide = other.get("wide", (1200, 1000))  # more than the values that were drawn
+    assert torch.equal(one.get("x", (3, 4)), other.get("x", (3, 4)))
+    assert torch.equal(one.get("wide", (1200, 1000)), wide)
+    assert not torch.equal(one.get("x", (3, 4)), one.get("y", (3, 4)))
+    assert float(wide.std()) == pytest.approx(0.02, rel=0.02)
+    assert abs(float(wide.mean())) < 1e-4
+    assert len(wide.unique(dim=0)) == 1200
+    for name in ("model.norm.weight", "a.input_layernorm.weight", "self_attn.q_norm.weight"):
+        assert torch.equal(one.get(name, (5,)), torch.ones(5))
+    assert not torch.equal(one.get("a.norm.bias", (5,)), torch.ones(5))
 
 
 def test_what_this_version_cannot_do_is_said(tiny: Path) -> None:
-    with pytest.raises(ModelError, match="quant 'int8'"):
-        build(tiny, quant="int8")
     with pytest.raises(ModelError, match="device 'cuda:0'"):
         build(tiny, device="cuda:0")
-
-
-def test_gguf_is_dequantized_and_mapped(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_context_length(256)
-    writer.add_layer_norm_rms_eps(1e-5)
-    rows = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
-    packed = quantize(rows, GGMLQuantizationType.Q4_1)
-    writer.add_tensor("token_embd.weight", rows)
-    writer.add_tensor("blk.0.ffn_up.weight", packed, raw_dtype=GGMLQuantizationType.Q4_1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    config, source = open_model(path, "auto")
-    spec = read_spec(config)
-    assert (spec.vocab_size, spec.kv_heads, spec.max_len) == (64, 2, 256)
-    assert spec.tied_head
-    assert spec.rope.interleaved
-    got = source.get("model.layers.0.mlp.up_proj.weight", (64, 32))
-    want = dequantize(packed, GGMLQuantizationType.Q4_1)
-    np.testing.assert_array_equal(got.numpy(), want)
-    with pytest.raises(ModelError, match=r"model\.norm\.weight is missing"):
-        source.get("model.norm.weight", (32,))
-
-
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    writer = GGUFWriter(path, "rwkv6")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match="rwkv6"):
-        GgufSource(path)
 
 
 def test_kv_memory() -> None:

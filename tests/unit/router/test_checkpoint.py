@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +15,15 @@ from hypothesis import strategies as st
 
 from engine.gguf import TENSOR_TYPES
 from router.checkpoint.facts import facts_of_config, read_checkpoint, read_config
+from router.checkpoint.files import weight_files
 from router.checkpoint.gguf import read_gguf
-from router.checkpoint.safetensors import read_safetensors, weight_files
+from router.checkpoint.pytorch import read_pytorch
+from router.checkpoint.safetensors import read_safetensors
 from router.errors import EXIT_CONFIG, StartError
 from tests.demo_model import demo_model
 from tests.model_files import entry, write_gguf, write_safetensors
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +244,192 @@ def test_unreadable_configs(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(StartError, match=r"config\.json"):
         read_config(file)
+
+
+def write_bin(path: Path, parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in parts.items():
+            archive.writestr(f"archive/{name}", data)
+    return path
+
+
+class _Storage:
+    """Pickled as torch pickles a tensor's values: a persistent id with type, key and count."""
+
+    def __init__(self, dtype: str, key: int, count: int) -> None:
+        self.id = ("storage", _Type(f"{dtype}Storage"), str(key), "cpu", count)
+
+
+class _Type(str):
+    def __reduce__(self) -> str:
+        return str(self)
+
+
+def table_of(*storages: tuple[str, int]) -> bytes:
+    """data.pkl of a state dict with these storages, as written by torch.save."""
+
+    class Pickler(pickle._Pickler):  # the one in Python can be taught names of absent modules
+        def persistent_id(self, obj: object) -> object:
+            return obj.id if isinstance(obj, _Storage) else None
+
+        def save_global(self, obj: object, name: str | None = None) -> None:
+            self.write(pickle.GLOBAL + f"torch\n{name}\n".encode())
+            self.memoize(obj)
+
+    buffer = io.BytesIO()
+    tensors = {f"t{i}": _Storage(kind, i, count) for i, (kind, count) in enumerate(storages)}
+    Pickler(buffer, 2).dump(tensors)
+    return buffer.getvalue()
+
+
+def test_pytorch_files_of_the_golden_data() -> None:
+    folder = GOLDEN / "chatglm2-tiny-bin"
+    found = read_checkpoint(folder)
+    files = weight_files(folder)
+    assert [file.name for file in files] == [
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model-00002-of-00002.bin",
+    ]
+    # the same weights, but for the 8 angles that are float32 there
+    other = read_checkpoint(GOLDEN / "chatglm2-tiny")
+    assert (found.num_parameters, found.facts.dtype) == (other.num_parameters, "float16")
+    assert found.file_bytes == 2 * found.num_parameters
+    assert other.file_bytes == 4 * other.num_parameters
+
+
+def test_the_type_of_pytorch_files_is_that_of_most_bytes(tmp_path: Path) -> None:
+    for storages, dtype, size in (
+        ((("Half", 90), ("Float", 10), ("Half", 5)), "float16", 2),
+        ((("BFloat16", 30), ("Float", 10), ("BFloat16", 1)), "bfloat16", 2),
+        ((("Half", 10), ("Float", 30)), "float32", 4),
+        ((("Char", 90), ("Float", 10)), "int8", 1),
+    ):
+        data = {"data.pkl": table_of(*storages), "data/0": bytes(400)}
+        found = read_pytorch(write_bin(tmp_path / "pytorch_model.bin", data))
+        assert (found.dtype, found.num_bytes, found.num_values) == (dtype, 400, 400 // size)
+
+
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        (lambda path: path.write_bytes(b""), "zip format"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "zip format that torch"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "cut short"),
+        (lambda path: write_bin(path, {"data/0": b"1234"}), "no data.pkl"),
+        (lambda path: write_bin(path, {"data.pkl": b"junk", "data/0": b"1234"}), "not enough data"),
+        (lambda path: write_bin(path, {"data.pkl": pickle.dumps({}, 2)}), "names no weights"),
+        (
+            lambda path: write_bin(path, {"data.pkl": bytes(9 << 20)}),
+            r"its data.pkl has 9,437,184 bytes",
+        ),
+        (
+            lambda path: write_bin(path, {"data.pkl": bytes(9 << 20)}, zipfile.ZIP_DEFLATED),
+            "is compressed",
+        ),
+    ],
+)
+def test_hostile_pytorch_files(tmp_path: Path, write: Callable[[Path], object], named: str) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    write(file)
+    with pytest.raises(StartError, match=rf"pytorch_model\.bin is no usable .*{named}") as caught:
+        read_pytorch(file)
+    assert caught.value.code == EXIT_CONFIG
+
+
+@given(cut=st.integers(0, 200), place=st.integers(0, 900), value=st.binary(max_size=8))
+def test_any_damage_to_pytorch_files_is_one_kind_of_error(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, place: int, value: bytes
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "damaged.bin"
+    parts = {"data.pkl": table_of(("Half", 90), ("Float", 10)), "data/0": bytes(220)}
+    data = bytearray(write_bin(file, parts).read_bytes())
+    del data[len(data) - (cut if cut < 100 else 0) :]
+    data[place : place + len(value)] = value
+    file.write_bytes(data)
+    try:
+        found = read_pytorch(file)
+    except StartError:
+        return
+    assert found.num_bytes <= len(data)
+
+
+@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_index_is_used_or_one_kind_of_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "model.safetensors.index.json").write_bytes(b'{"weight_map": {"a": ' + content)
+    with pytest.raises(StartError, match=r"index\.json is not usable"):
+        weight_files(folder)
+
+
+def test_which_files_are_weights(tmp_path: Path) -> None:
+    for name in ("training_args.bin", "adapter_model.safetensors", "adapter_model.bin"):
+        (tmp_path / name).write_bytes(b"")
+    assert weight_files(tmp_path) == ()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert [file.name for file in weight_files(tmp_path)] == ["pytorch_model.bin"]
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(StartError, match=r"model-00002-of-00002\.safetensors is missing"):
+        weight_files(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert len(weight_files(tmp_path)) == 2
+    (tmp_path / "model-00001-of-99999.safetensors").write_bytes(b"")
+    with pytest.raises(StartError, match=r"model-00002-of-99999\.safetensors is missing"):
+        weight_files(tmp_path)
+
+
+def test_the_stored_type_by_all_its_names(tmp_path: Path) -> None:
+    for config, dtype in (
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "bfloat16", "text_config": {"hidden_size": 1}}, "bfloat16"),
+        ({"torch_dtype": "bfloat16", "text_config": {"dtype": "float32"}}, "float32"),
+        ({"torch_dtype": "bfloat16", "text_config": {"torch_dtype": None}}, "bfloat16"),
+        ({"torch_dtype": None}, ""),
+        ({"torch_dtype": 3}, ""),
+    ):
+        assert facts_of_config(config).dtype == dtype
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    header = {"b": entry("BF16", [6], 4, 16), "a": entry("F32", [1], 0, 4)}
+    write_safetensors(tmp_path / "model.safetensors", header, bytes(16))
+    assert read_checkpoint(tmp_path).facts.dtype == "bfloat16"
+    assert read_checkpoint(write_gguf(tmp_path / "m.gguf")).facts.dtype == "float32"
+
+
+def test_encoders_have_no_kv_cache() -> None:
+    bert = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 6,
+        "max_position_embeddings": 512,
+        "vocab_size": 30522,
+    }
+    facts = facts_of_config(bert)
+    assert (facts.kv_values_per_token, facts.context_length, facts.encoder) == (0, 512, True)
+    # all-MiniLM-L6-v2, whose positions, biases and pooler are left out here
+    assert facts.num_parameters == pytest.approx(22_713_216, rel=0.02)
+    roberta = {"architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}
+    facts = facts_of_config({**roberta, "max_position_embeddings": 8194, "pad_token_id": 1})
+    assert (facts.context_length, facts.encoder) == (8192, True)
+    assert facts_of_config({**bert, "is_decoder": True}).kv_values_per_token > 0
+
+
+def test_experts_count() -> None:
+    mixtral = {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "num_local_experts": 8,
+        "vocab_size": 32000,
+    }
+    assert facts_of_config(mixtral).num_parameters == 46_702_792_704  # as published
+    qwen = {**mixtral, "num_local_experts": 0, "num_experts": 128, "moe_intermediate_size": 768}
+    assert facts_of_config(qwen).expert_ffn_size == 768

@@ -7,9 +7,10 @@ import gguf
 import pytest
 
 from router.errors import EXIT_CONFIG, StartError
+from router.text.fast_codec import FastCodec
 from router.text.gguf_vocab import load_gguf_vocabulary
 from router.text.model import load_text
-from router.text.tokenizer import FastTokenizer
+from router.text.tokenizer import ModelTokenizer
 from router.text.vocabulary import byte_alphabet
 
 CONTROL, NORMAL, USER_DEFINED = 3, 1, 4
@@ -47,8 +48,8 @@ def write(path: Path, *, pre: str | None = "smollm", **changes: Any) -> Path:
     return path
 
 
-def load(path: Path, **changes: Any) -> FastTokenizer:
-    return FastTokenizer(load_gguf_vocabulary(write(path / "m.gguf", **changes)))
+def load(path: Path, **changes: Any) -> ModelTokenizer:
+    return ModelTokenizer(load_gguf_vocabulary(write(path / "m.gguf", **changes)))
 
 
 def test_a_whole_vocabulary(tmp_path: Path) -> None:
@@ -93,7 +94,8 @@ SPLITS = {
 @pytest.mark.parametrize("pre", SPLITS)
 def test_pre_tokenizers(tmp_path: Path, pre: str) -> None:
     vocabulary = load_gguf_vocabulary(write(tmp_path / "m.gguf", pre=pre))
-    pre_tokenizer = vocabulary.parsing.pre_tokenizer
+    assert isinstance(vocabulary.codec, FastCodec)
+    pre_tokenizer = vocabulary.codec.parsing.pre_tokenizer
     assert pre_tokenizer is not None
     spans = [span for _, span in pre_tokenizer.pre_tokenize_str(TEXT)]
     assert [TEXT[first:last] for first, last in spans] == SPLITS[pre]

@@ -89,7 +89,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "no weights" in refused(str(folder))
     assert resolve(str(folder), needs_weights=False).checkpoint.num_parameters == 0
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    assert "convert them to safetensors" in refused(str(folder))
+    assert "convert it to safetensors" in refused(str(folder))
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "part-1.safetensors"}}', encoding="utf-8")
     assert "part-1.safetensors" in refused(str(folder))

@@ -1,0 +1,266 @@
+"""The life of one request for embeddings: admit, keep engines busy with its texts, gather, release.
+
+Owns nothing that outlives a request. Must not know HTTP, JSON, sockets or text. To engines a text
+is a sequence that generates nothing; what is said in `router.flow` about lost engines, permits and
+time limits holds here too. Texts go out in order, so many at once that every ready replica has its
+next steps at hand, and no more: the rest waits here as packed token ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final, NamedTuple
+
+from engine.protocol import Pooling, Sampling, unpack_floats, unpack_tokens
+from router import logs
+from router.admission import Admission
+from router.dispatch import choose
+from router.errors import BadRequest, EngineFailed, Overloaded, Quarantined, RequestTimeout
+from router.fleet import Fleet, Replica
+from router.flow import (
+    MAX_DEATHS,
+    MAX_MOVES,
+    Alarm,
+    FlowSettings,
+    Placement,
+    RequestRecord,
+    hold_permit,
+)
+from router.metrics import Metrics
+from router.streams import Stream
+from router.text.served import ServedModel
+
+WINDOW_TOKENS: Final = 4096  # of one request at once, for each ready replica: some steps' worth
+TEXT_TOKENS: Final = 16  # what a text costs beside its tokens, in tokens
+BURST: Final = 32  # texts sent before the event loop turns: 1 to 2 ms
+
+_PLACEMENT: Final = Placement(Sampling(), stop_ids=(), salt=b"", priority=0)
+_TOKEN_BYTES: Final = 4
+_FLOAT_BYTES: Final = 4
+
+
+class EmbeddingLimits(NamedTuple):
+    """What a model's embeddings can be: values of a whole vector, tokens of one text."""
+
+    size: int
+    max_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingJob:
+    """A request that was wholly checked. `texts` are token ids as the wire has them, none empty.
+
+    `pooling.dimensions` is the number of values of each vector.
+    """
+
+    record: RequestRecord
+    model: ServedModel
+    texts: Sequence[bytes]
+    pooling: Pooling
+
+
+class EmbedFlow:
+    """Runs embedding jobs on engines."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        metrics: Metrics,
+        settings: FlowSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._metrics = metrics
+        self._settings = settings
+        self._clock = clock
+        self._alarms: set[Alarm] = set()  # of the requests that run
+        fleet.subscribe(self._on_replica_change)
+
+    def told_limits(self, model: ServedModel) -> EmbeddingLimits | None:
+        """As of now: size 0 if its engines make none, None if none was ready yet."""
+        told = [view.limits for view in self._fleet.views(model.name) if view.limits]
+        if not told:
+            return None
+        longest = min(model.max_len, *(limits.max_len for limits in told))
+        size = min(limits.embedding_size for limits in told)
+        return EmbeddingLimits(size, min(longest, model.pooling.max_len or longest))
+
+    def limits(self, model: ServedModel) -> EmbeddingLimits:
+        """Raises BadRequest if its engines make none, Overloaded if none was ready yet."""
+        limits = self.told_limits(model)
+        if limits is None:
+            raise self._fleet.unavailable(model.name)
+        if limits.size == 0:
+            raise BadRequest(
+                f"The model '{model.name}' makes no embeddings; see 'capabilities' in /v1/models.",
+                param="model",
+                code="unsupported_operation",
+            )
+        return limits
+
+    async def embed(self, job: EmbeddingJob) -> list[bytes]:
+        """The vectors of all texts, in their order, as little-endian float32.
+
+        Raises RequestError; what it held is free again when it ends or is cancelled.
+        """
+        record, name = job.record, job.model.name
+        record.model = name
+        record.texts = len(job.texts)
+        record.prompt_tokens = sum(map(len, job.texts)) // _TOKEN_BYTES
+        limit_s = self._settings.request_timeout_s
+        alarm = Alarm(self._clock, record.started_s + limit_s if limit_s else None)
+        permit = hold_permit(
+            self._fleet, self._admission, self._metrics, name, alarm.deadline_s, embeds=True
+        )
+        async with permit:
+            record.queue_s = self._clock() - record.started_s
+            run = _Run(job, self._fleet, alarm.event)
+            self._alarms.add(alarm)
+            try:
+                alarm.start(self._settings.ping_s)
+                while not run.done:
+                    await self._place(run)
+                    await alarm.wait()
+                    run.gather()
+                    if alarm.expired and not run.done:
+                        if not self._fleet.ready_count(name):
+                            raise self._fleet.unavailable(name)
+                        raise RequestTimeout("The request's time limit has passed.")
+            finally:
+                alarm.stop()
+                self._alarms.discard(alarm)
+                run.close()
+                self._account(record, run)
+            return run.vectors
+
+    async def _place(self, run: _Run) -> None:
+        """Gives texts to engines: first those whose engine is lost, then as many as may be out.
+
+        Raises Quarantined for a text that two engines died of, and Overloaded when the model's
+        engines are given up.
+        """
+        views = self._fleet.views(run.model)
+        if all(view.state == "parked" for view in views):
+            raise self._fleet.unavailable(run.model)
+        window_tokens = WINDOW_TOKENS * sum(view.ready for view in views)
+        texts = chain(run.unplaced(), run.open_while(window_tokens))
+        for sent, text in enumerate(texts, 1):
+            if not self._send(run, text):
+                return  # a change of a replica's state will be heard of
+            if sent % BURST == 0:
+                await asyncio.sleep(0)
+
+    def _send(self, run: _Run, text: Stream) -> bool:
+        """One text to the best replica; False if none is ready."""
+        if text.deaths >= MAX_DEATHS:
+            self._metrics.quarantined.inc()
+            logs.error("request_quarantined", request_id=text.request_id, model=run.model)
+            raise Quarantined
+        replica = choose(self._fleet.views(run.model), {}, self._settings.max_concurrency)
+        if replica is None or not self._fleet.submit(text, replica, _PLACEMENT):
+            return False
+        if text.lost:
+            run.job.record.moves += 1
+            run.moves[text.id] += 1
+            self._metrics.migrated.labels("engine_died" if text.deaths else "given_back").inc()
+            if run.moves[text.id] > MAX_MOVES:
+                raise Overloaded("The engines keep giving this request back.")
+            text.reopen()
+        return True
+
+    def _account(self, record: RequestRecord, run: _Run) -> None:
+        record.finish = "stop" if run.done else "none"
+        series = self._metrics.of_model(run.model)
+        series.e2e_s.observe(self._clock() - record.started_s)
+        series.queue_s.observe(record.queue_s or 0.0)
+        series.prompt_tokens.inc(record.prompt_tokens)
+        series.request_prompt_tokens.observe(record.prompt_tokens)
+        self._metrics.success.labels(run.model, "stop" if run.done else "abort").inc()
+
+    def _on_replica_change(self, _replica: Replica) -> None:
+        for alarm in self._alarms:  # who waits for an engine looks again
+            alarm.event.set()
+
+
+class _Run:
+    """One job on its way: which texts are out, and the vectors so far."""
+
+    def __init__(self, job: EmbeddingJob, fleet: Fleet, event: asyncio.Event) -> None:
+        self.job = job
+        self.model = job.model.name
+        self.vectors = [b""] * len(job.texts)
+        self.moves = Counter[int]()
+        self._fleet = fleet
+        self._event = event
+        self._opened = 0  # texts[: _opened] were given a stream
+        self._out: dict[int, Stream] = {}  # index of the text -> its stream
+        self._out_tokens = 0
+
+    @property
+    def done(self) -> bool:
+        """All vectors are there."""
+        return self._opened == len(self.vectors) and not self._out
+
+    def unplaced(self) -> list[Stream]:
+        """Texts out that no engine works on."""
+        return [s for s in self._out.values() if s.lost or s.submitted_s is None]
+
+    def open_while(self, window_tokens: int) -> Iterator[Stream]:
+        """Streams for the next texts, as long as those out stay within the window.
+
+        A text longer than the window goes alone.
+        """
+        while self._opened < len(self.vectors):
+            tokens = self.job.texts[self._opened]
+            out_tokens = self._out_tokens + _cost(tokens)
+            if out_tokens > window_tokens and (self._out or not window_tokens):
+                return
+            stream = self._fleet.open(unpack_tokens(tokens), 0, self._event)
+            stream.pooling = self.job.pooling
+            stream.request_id = self.job.record.request_id
+            self._out[self._opened] = stream
+            self._out_tokens = out_tokens
+            self._opened += 1
+            yield stream
+
+    def gather(self) -> None:
+        """Takes the vectors that have come. Raises EngineFailed, or Overloaded if we are cut."""
+        ended = [(i, s) for i, s in self._out.items() if s.finish is not None and not s.lost]
+        for index, stream in ended:
+            self.vectors[index] = self._vector(stream)
+            self._fleet.close(stream)
+            self._out_tokens -= _cost(self.job.texts[index])
+            del self._out[index]
+
+    def _vector(self, stream: Stream) -> bytes:
+        finish, vector = stream.finish, stream.embedding
+        if finish is not None and finish.reason == "abort":
+            raise Overloaded(finish.detail or "The server is stopping.")
+        problem = finish.detail if finish is not None and finish.reason == "error" else ""
+        if not problem and (vector is None or not _is_vector(vector, self.job.pooling.dimensions)):
+            problem = "no embedding of the size asked for, or one with values that are no numbers"
+        if problem or vector is None:
+            logs.error("engine_error", request_id=stream.request_id, reason=problem)
+            raise EngineFailed
+        return vector
+
+    def close(self) -> None:
+        """Gives up what is still out."""
+        for stream in self._out.values():
+            self._fleet.close(stream)
+
+
+def _cost(tokens: bytes) -> int:
+    return len(tokens) // _TOKEN_BYTES + TEXT_TOKENS
+
+
+def _is_vector(values: bytes, size: int) -> bool:
+    """So many float32 values, all finite."""
+    return len(values) == size * _FLOAT_BYTES and math.isfinite(sum(unpack_floats(values)))
