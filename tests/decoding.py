@@ -56,11 +56,13 @@ def decoder_logits(
 @torch.inference_mode()
 def model_logits(model: Model, shape: ModelShape, prompts: list[list[int]]) -> list[Tensor]:
     """Logits [length, vocab_size] of every position: uneven chunks, last tokens decoded, mixed."""
-    cache = KvCache(shape, 16 * len(prompts), BLOCK, torch.float32, CPU)
-    batch = Batch(len(prompts), MAX_LEN, BLOCK, CPU, torch.float32, shape.windows)
+    longest = max(map(len, prompts))
+    each = -(-longest // BLOCK)  # blocks of a sequence
+    cache = KvCache(shape, each * len(prompts), BLOCK, torch.float32, CPU)
+    batch = Batch(len(prompts), longest, BLOCK, CPU, torch.float32, shape.windows)
     attention = ReferenceAttention()
     admits = [
-        Admit(i, prompt, len(prompt), list(range(16 * i, 16 * i + 16)), Sampling(), ())
+        Admit(i, prompt, len(prompt), list(range(each * i, each * i + each)), Sampling(), ())
         for i, prompt in enumerate(prompts)
     ]
     batch.apply(StepPlan(0, [], admits, [], []))
