@@ -1,7 +1,7 @@
 """The yardstick of bench/cpu.py: `transformers` `generate` on the same weights, in a process alone.
 
 Reads one JSON object from standard input (`Task`), loads the model, warms up, and writes one JSON
-object (`Seconds`) to standard output. The only module of bench/ that imports torch.
+object (`Seconds`) to standard output. Imports torch only where it works, as bench/quant.py does.
 """
 
 from __future__ import annotations

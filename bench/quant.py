@@ -5,7 +5,8 @@
 
 Owns the comparison: the same text and weights, rounds in turn, each engine in a fresh process that
 runs alone; medians of the speeds. The engine is driven in process, without router and sockets.
-Memory is what a load adds to the process: anonymous memory on a CPU, torch's own count on a GPU.
+Memory is what a load adds to the process: anonymous memory on a CPU, torch's own count on a GPU;
+`code` is what the imports took before it.
 Prints a Markdown table and writes all figures to bench/results/quant-<date>.json. Needs Linux, the
 test extras and, without --model, the demo model.
 
@@ -56,6 +57,7 @@ class Task(msgspec.Struct, frozen=True):
     threads: int = 2
     device: str = "cpu"
     dtype: str = "auto"
+    repeats: int = REPEATS  # of the decode
 
 
 class Figures(msgspec.Struct, kw_only=True):
@@ -65,6 +67,7 @@ class Figures(msgspec.Struct, kw_only=True):
     dtype: str
     tokens: int
     perplexity: float
+    code_bytes: int  # what torch, the engine and bitsandbytes take before anything is loaded
     weights_bytes: int
     linear_bytes: int
     linear_fp16_bytes: int
@@ -105,6 +108,9 @@ def work(task: Task) -> Figures:
     """Loads the engine twice: for the memory, and with a KV cache for the text."""
     from router.checkpoint.facts import read_checkpoint
 
+    empty_bytes = _anonymous_bytes()
+    _import_all(task)
+    code_bytes = _anonymous_bytes() - empty_bytes
     with watched(task.device) as memory:
         device = _device(task, _LOAD_BLOCKS)
     limits = device.limits
@@ -121,6 +127,7 @@ def work(task: Task) -> Figures:
         dtype=limits.dtype,
         tokens=len(ids),
         perplexity=perplexity,
+        code_bytes=code_bytes,
         weights_bytes=limits.weights_bytes,
         linear_bytes=limits.weights_bytes - other * size,
         linear_fp16_bytes=linear * 2,
@@ -128,7 +135,7 @@ def work(task: Task) -> Figures:
         load_peak_bytes=memory.peak_bytes - memory.before_bytes,
         load_s=limits.load_s,
         prefill_s=prefill_s,
-        decode_tok_s=[decode_rate(device, ids[:DECODE_PROMPT_TOKENS]) for _ in range(REPEATS)],
+        decode_tok_s=[decode_rate(device, ids[:DECODE_PROMPT_TOKENS]) for _ in range(task.repeats)],
     )
 
 
@@ -139,6 +146,17 @@ def linear_sizes(checkpoint: Checkpoint) -> tuple[int, int]:
     other = embedding + (2 * facts.num_layers + 1) * facts.hidden_size
     parameters = checkpoint.num_parameters + (embedding if facts.tied else 0)
     return parameters - other, other
+
+
+def _import_all(task: Task) -> None:
+    """Code that is imported on demand is no part of a load."""
+    import torch
+
+    import engine.device.build  # noqa: F401
+    from engine.quant.methods import linear_method
+
+    quant: Any = task.quant
+    linear_method(quant, torch.device(task.device), torch.float32)
 
 
 class Memory:
@@ -157,8 +175,6 @@ class Memory:
 def watched(device: str) -> Generator[Memory]:
     """Memory while the block runs; torch counts a GPU's itself, a thread watches the process's."""
     import torch
-
-    import engine.device.build  # noqa: F401 - what is imported later is no part of a load
 
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -261,7 +277,7 @@ def _run(device: Device, ids: list[int], max_new: int, prompt_logprobs: int = -1
 def markdown(results: dict[str, list[Figures]]) -> str:
     """The table; speeds are medians over all rounds, the rest is the first round's."""
     head = "quant | perplexity | linear layers, of 16 bits | weights | load peak, of the weights"
-    rows = [f"| {head} | load | prefill | decode |", "|" + "---|" * 8]
+    rows = [f"| {head} | code | load | prefill | decode |", "|" + "---|" * 9]
     base = results.get("none")
     for quant, rounds in results.items():
         one = rounds[0]
@@ -272,7 +288,7 @@ def markdown(results: dict[str, list[Figures]]) -> str:
             f"| {quant}, {one.dtype} | {one.perplexity:.3f}{change} | {one.linear_share:.3f} "
             f"| {one.weights_bytes / 1e6:,.0f} MB "
             f"| {one.load_peak_bytes / 1e6:,.0f} MB, {one.peak_share:.2f} "
-            f"| {median([each.load_s for each in rounds]):.1f} s "
+            f"| {one.code_bytes / 1e6:,.0f} MB | {median([each.load_s for each in rounds]):.1f} s "
             f"| {prefill:,.0f} tok/s | {decode:.1f} tok/s |"
         )
     return "\n".join(rows)

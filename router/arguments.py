@@ -24,7 +24,8 @@ COMMANDS: Final = {
 }
 
 HELP: Final = {
-    "models": "[NAME=]SOURCE[@GPU],…  folder, .gguf file, hub id or short name; several NAMEs "
+    "models": "[NAME=]SOURCE[@GPU],…  folder, .gguf file, short name, Hugging Face's "
+    "ORG/NAME[:Q4_K_M] or modelscope:ORG/NAME, downloaded once; several NAMEs "
     "are joined with |  (default: the demo model)",
     "gpus": "devices to use: indices, UUIDs or cpu, separated by commas (default: all, else cpu)",
     "host": "address to listen on",
@@ -38,6 +39,9 @@ HELP: Final = {
     "dtype": "auto, float32, bfloat16 or float16",
     "quant": "none, int8, fp8, nf4 or bnb-int8",
     "rope-rule": "ChatGLM rope_ratio scales the base or the positions: auto, base, linear",
+    "chat-format": "how conversations are written, in place of the model's template: chatglm2, "
+    "chatglm3, glm-4, vicuna_v1.1, llama-2, mistral, chatml, llama-3, gemma, phi-3, zephyr",
+    "chat-template": "the same as a file with a jinja template",
     "load-format": "auto, or dummy for random weights of the model's shape",
     "kv-memory": "memory of each engine's KV cache, such as 800M or 4G; 0 = decide",
     "kv-blocks": "the same in blocks of 32 tokens; 0 = decide",
@@ -68,7 +72,7 @@ FASTCHAT: Final[dict[str, tuple[bool, str]]] = {
     "--dispatch-method": (True, ""),
     "--no-register": (False, ""),
     "--num-gpus": (True, ""),
-    "--conv-template": (True, ""),
+    "--conv-template": (True, "--chat-format {}"),
     "--stream-interval": (True, ""),
     "--revision": (True, ""),
     "--seed": (True, ""),
@@ -97,8 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="router",
         usage="router [COMMAND] [--models …] [--gpus …] [options]",
         description="Serves language models behind the OpenAI API.",
-        epilog=f"commands:\n{commands}\n\nexit codes: 0 clean · 64 command line · 69 port or "
-        "device · 70 engine failure · 75 memory · 78 configuration · 128+n second signal n",
+        epilog=f"commands:\n{commands}\n\nexit codes: 0 clean · 64 command line · 69 port, "
+        "device or download · 70 engine failure · 75 memory · 78 configuration · "
+        "128+n cut short by signal n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -76,21 +76,30 @@ def run(words: Sequence[str]) -> int:
 
 
 def check(invocation: Invocation, environ: Mapping[str, str]) -> int:
-    """Prints the memory plan. Raises StartError where `serve` would."""
-    plan = make_plan(invocation.config, environ)
+    """Prints the memory plan. Raises StartError where `serve` would; downloads no weights."""
+    plan = make_plan(invocation.config, environ, download=False)
+    for position in range(len(plan.models)):
+        _served_model(invocation.config, plan, position)
     quant = invocation.config.engine.quant
     layers = "" if quant == "none" else f" with {quant} layers"
     out = [f"not needed: {old} -> {new}" for old, new in invocation.notes]
     for replica, engine in zip(plan.replicas, plan.engines, strict=True):
-        names = " | ".join(plan.models[replica.model].names)
+        model = plan.models[replica.model]
+        names = " | ".join(model.names)
+        cache = f"KV cache {_mb(engine.kv_bytes)} ({engine.num_blocks} blocks)"
+        if model.checkpoint.facts.encoder:
+            cache = "no KV cache"
         out.append(
             f"{names} on {replica.device}: {engine.dtype}{layers}, "
-            f"weights {_mb(engine.weights_bytes)}, "
-            f"KV cache {_mb(engine.kv_bytes)} ({engine.num_blocks} blocks), "
+            f"weights {_mb(engine.weights_bytes)}{_here(model)}, {cache}, "
             f"{engine.max_len} tokens per request, in all {_mb(engine.total_bytes)}"
         )
     sys.stdout.write("\n".join([*out, "all of this fits; nothing was started", ""]))
     return 0
+
+
+def _here(model: ModelSource) -> str:
+    return "" if model.checkpoint.file_bytes else " (estimated, no file of them is here)"
 
 
 def _mb(num_bytes: int) -> str:
@@ -114,8 +123,8 @@ def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
         for old, new in invocation.notes:
             logs.warning("flag_renamed", old=old, new=new)
         lifecycle.raise_descriptor_limit()
-        specs = _specs(config, plan, environ, _open(link, environ))
-        models = [_served_model(source, plan, i) for i, source in enumerate(plan.models)]
+        models = [_served_model(config, plan, i) for i in range(len(plan.models))]
+        specs = _specs(config, plan, models, environ, _open(link, environ))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_run(config, models, specs, link, listener, lines))
 
@@ -159,10 +168,10 @@ def _bind(host: str, port: int) -> socket.socket:
 # -- the plan
 
 
-def make_plan(config: RouterConfig, environ: Mapping[str, str]) -> Plan:
+def make_plan(config: RouterConfig, environ: Mapping[str, str], *, download: bool = True) -> Plan:
     """Finds devices and models, places them, and checks that they fit. Starts nothing.
 
-    Raises StartError.
+    Without `download` weights stay at their hub and their size is estimated. Raises StartError.
     """
     from router.devices import choose_devices, find_cards
     from router.memory import plan as plan_memory
@@ -176,7 +185,7 @@ def make_plan(config: RouterConfig, environ: Mapping[str, str]) -> Plan:
         placements = place(config.models, devices)
     except ValueError as error:
         raise StartError(str(error), EXIT_USAGE) from error
-    models, replicas = _merge(_sources(config, environ), placements)
+    models, replicas = _merge(_sources(config, environ, download), placements)
     memory = plan_memory(_demands(config, models, replicas), _free_bytes(devices, cards))
     return Plan(models, replicas, list(memory.engines))
 
@@ -196,20 +205,20 @@ def _check_quant(quant: QuantName) -> None:
         )
 
 
-def _sources(config: RouterConfig, environ: Mapping[str, str]) -> list[ModelSource]:
+def _sources(config: RouterConfig, environ: Mapping[str, str], download: bool) -> list[ModelSource]:
     from router.downloads.hubs import hubs_of
-    from router.sources import resolve
+    from router.sources import Access, resolve
 
     real = config.engine.load_format != "dummy" and not config.engine.command
-    hubs = hubs_of(environ)
+    terminal = sys.stderr if sys.stderr.isatty() else None
+    access = Access(hubs_of(environ), terminal, with_weights=download)
     return [
         resolve(
             model.source,
             names=model.names,
             model_dir=Path(config.model_dir) if config.model_dir else None,
-            hubs=hubs,
+            access=access,
             needs_weights=real,
-            terminal=sys.stderr if sys.stderr.isatty() else None,
         )
         for model in config.models
     ]
@@ -274,14 +283,20 @@ def _free_bytes(devices: Sequence[str], cards: list[Card]) -> dict[str, int]:
 # -- the objects
 
 
-def _served_model(source: ModelSource, plan: Plan, position: int) -> ServedModel:
+def _served_model(config: RouterConfig, plan: Plan, position: int) -> ServedModel:
     from router.text.model import load_text
     from router.text.pooling import load_pooling
     from router.text.served import ServedModel
 
-    text = load_text(source.path)
-    pooling = load_pooling(source.path)
+    source = plan.models[position]
     generates = not source.checkpoint.facts.encoder
+    text = load_text(
+        source.path,
+        names=source.names,
+        chat_format=config.chat_format if generates else "",
+        chat_template=config.chat_template if generates else "",
+    )
+    pooling = load_pooling(source.path)
     lengths = [
         engine.max_len
         for replica, engine in zip(plan.replicas, plan.engines, strict=True)
@@ -301,7 +316,11 @@ def _served_model(source: ModelSource, plan: Plan, position: int) -> ServedModel
 
 
 def _specs(
-    config: RouterConfig, plan: Plan, environ: Mapping[str, str], endpoint: str
+    config: RouterConfig,
+    plan: Plan,
+    models: Sequence[ServedModel],
+    environ: Mapping[str, str],
+    endpoint: str,
 ) -> list[EngineSpec]:
     from engine.config import EngineConfig
     from router.supervisor import EngineSpec, available_cores, engine_environment, plan_threads
@@ -331,11 +350,18 @@ def _specs(
             max_batch=options.max_batch,
             step_tokens=options.step_tokens,
             prefix_cache=options.prefix_cache,
+            text_ids=_text_ids(source, models[replica.model]),
         )
         environment = engine_environment(environ, threads=threads, device=replica.device)
         command = options.command or (sys.executable, *DEFAULT_ENGINE)
         specs.append(EngineSpec(source.names[0], command, environment, orders))
     return specs
+
+
+def _text_ids(source: ModelSource, model: ServedModel) -> int:
+    """How many of the model's ids have a text, 0 if all: embeddings are padded to round sizes."""
+    size = model.tokenizer.vocab_size
+    return size if size < source.checkpoint.facts.vocab_size else 0
 
 
 async def _run(

@@ -49,6 +49,8 @@ class Options(
     dtype: DTypeName = "auto"
     quant: QuantName = "none"
     rope_rule: RopeRule = "auto"
+    chat_format: str = ""
+    chat_template: str = ""
     load_format: LoadFormat = "auto"
     kv_memory: str | Count = 0
     kv_blocks: Count = 0
@@ -128,6 +130,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     limits: LimitConfig
     engine: EngineOptions
     model_dir: str
+    chat_format: str  # its name, or
+    chat_template: str  # a file; both empty = the model's own
     log_format: LogFormat
     log_level: LogLevel
 
@@ -144,6 +148,8 @@ def resolve(
             f"--host {options.host} would let anyone use this server: give --api-key-file FILE "
             "(or ROUTER_API_KEY), or --insecure-no-auth if that is meant"
         )
+    if options.chat_format and options.chat_template:
+        raise ValueError("--chat-format and --chat-template exclude each other: give one of them")
     return RouterConfig(
         models=parse_models(options.models),
         gpus=parse_gpus(options.gpus),
@@ -163,6 +169,8 @@ def resolve(
         ),
         engine=_engine_options(options),
         model_dir=options.model_dir,
+        chat_format=options.chat_format,
+        chat_template=options.chat_template,
         log_format=options.log_format,
         log_level=options.log_level,
     )

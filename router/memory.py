@@ -118,6 +118,8 @@ def _plan_engine(demand: Demand, share: int | None) -> EnginePlan:
     per_token = facts.kv_values_per_token * _BYTES_OF_DTYPE[dtype]
     block_bytes = per_token * demand.block_size
     max_len = demand.max_len or facts.context_length or DEFAULT_CONTEXT
+    if facts.encoder:  # an option meant for the models beside it
+        max_len = min(max_len, facts.context_length or max_len)
     if facts.context_length and max_len > facts.context_length:
         raise StartError(
             f"--max-len {max_len} is more than {demand.name} was made for: "

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 from router.checkpoint.facts import Checkpoint, read_checkpoint
 from router.checkpoint.files import weight_files
@@ -35,6 +35,14 @@ class ModelSource:
     def context_length(self) -> int:
         """Tokens the model was made for; 0 if its files do not say."""
         return self.checkpoint.facts.context_length
+
+
+class Access(NamedTuple):
+    """How to get what is not on this machine: from where, with what on the screen, and how much."""
+
+    hubs: Hubs
+    terminal: IO[str] | None = None
+    with_weights: bool = True  # else only what tells a model's shape and text (and .gguf files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +104,22 @@ def resolve(
     *,
     names: tuple[str, ...] = (),
     model_dir: Path | None = None,
-    hubs: Hubs | None = None,
+    access: Access | None = None,
     needs_weights: bool = True,
-    terminal: IO[str] | None = None,
 ) -> ModelSource:
     """Finds a model: a folder, a .gguf file, a short name or a hub id, and downloads the latter.
 
-    A folder or file of that name in `model_dir` or the working directory wins; without `hubs`
-    nothing else is looked for. Without `names` it is called as given (a path by its last part).
-    `terminal` shows the progress. Raises `StartError` naming the thing and the remedy: it is not
-    there, it lacks a file, a file is damaged, or the hub refuses.
+    A folder or file of that name in `model_dir` or the working directory wins; without `access`
+    no hub is looked at, not even its cache. Without `names` it is called as given (a path by its
+    last part). Raises `StartError` naming the thing and the remedy: it is not there, it lacks a
+    file, a file is damaged, or the hub refuses.
     """
     if not source or "\0" in source or len(source) > MAX_SOURCE_CHARS:
         raise StartError("a model's name is empty, too long or holds a NUL character", EXIT_CONFIG)
     path = _local(source, model_dir)
     if path is None:
-        path = _known(source, hubs, needs_weights, terminal)
+        needs_weights = needs_weights and (access is None or access.with_weights)
+        path = _known(source, access, needs_weights)
     if path.is_dir():
         path = _only_gguf(path) or path
     kind: SourceKind = "folder" if path.is_dir() else "gguf"
@@ -143,7 +151,7 @@ def _is_hub_gguf(source: str) -> bool:
     return match is not None and match[2] is not None
 
 
-def _known(source: str, hubs: Hubs | None, needs_weights: bool, terminal: IO[str] | None) -> Path:
+def _known(source: str, access: Access | None, needs_weights: bool) -> Path:
     at_modelscope = source.startswith(_AT_MODELSCOPE)
     name = source.removeprefix(_AT_MODELSCOPE)
     known = _SHORT_NAMES.get(name.lower())
@@ -152,14 +160,14 @@ def _known(source: str, hubs: Hubs | None, needs_weights: bool, terminal: IO[str
     if isinstance(known, _Repository):
         name = (at_modelscope and known.modelscope) or known.hugging_face
     match = _HUB_ID.fullmatch(name)
-    if match is None or hubs is None:
+    if match is None or access is None:
         raise StartError(
             f"model '{source}' is no folder here, no .gguf file, no hub id (ORG/NAME) and no known "
             f"short name ({', '.join(_SHORT_NAMES)}): give its path, or --model-dir where it lies",
             EXIT_CONFIG,
         )
-    hub = hubs.modelscope if at_modelscope else hubs.hugging_face
-    return _from_hub(Wish(hub, match[1], match[2] or "", needs_weights), terminal)
+    hub = access.hubs.modelscope if at_modelscope else access.hubs.hugging_face
+    return _from_hub(Wish(hub, match[1], match[2] or "", needs_weights), access.terminal)
 
 
 def _from_hub(wish: Wish, terminal: IO[str] | None) -> Path:

@@ -6,6 +6,7 @@ which must not see the token. Faults are set per file; every request is recorded
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -40,6 +41,7 @@ class StubHub:
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     token: str = ""  # needed for everything if set
+    renamed: dict[str, str] = field(default_factory=dict)  # old name -> name
     gated: set[str] = field(default_factory=set)  # repositories whose files need the token
     knows_ranges: bool = True
     served: dict[str, bytes] = field(default_factory=dict)  # file name -> other content
@@ -127,6 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._content(match[1], unquote(match[2]), "")
         if hub.token and token != f"Bearer {hub.token}":
             return self._status(401, "RepoNotFound" if not token else "")
+        for old, new in hub.renamed.items():
+            if old in url.path:
+                return self._redirect(self.path.replace(old, new), 307)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", url.path):
             return self._hf_listing(match[1])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", url.path):
@@ -176,13 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
         etag = f'"{digest(name, content)}"'
         if not is_large(name):
             return self._content(repository, name, etag)
-        self.send_response(302)
-        self.send_header("Location", f"http://localhost:{self.hub.port}/cdn/{repository}/{name}")
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("X-Linked-Etag", etag)
-        self.send_header("X-Linked-Size", str(len(content)))
-        self.send_header("Content-Length", "0")
-        return self.end_headers()
+        headers = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": etag}
+        headers["X-Linked-Size"] = str(len(content))
+        url = f"http://localhost:{self.hub.port}/cdn/{repository}/{name}"
+        return self._redirect(url, 302, headers)
 
     # -- ModelScope
 
@@ -226,10 +228,17 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(end, start + cuts.pop(0))
             self.close_connection = True
         held = hub.hold.get(name, end)
-        self.wfile.write(whole[start : min(held, end)])
-        if held < end:
-            hub.release.wait(60)
-            self.wfile.write(whole[max(held, start) : end])
+        with contextlib.suppress(OSError):  # clients that are killed
+            self.wfile.write(whole[start : min(held, end)])
+            if held < end:
+                hub.release.wait(60)
+                self.wfile.write(whole[max(held, start) : end])
+
+    def _redirect(self, url: str, status: int, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Location": url, "Content-Length": "0", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def _status(self, status: int, reason: str = "") -> None:
         self.send_response(status)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -93,3 +95,31 @@ def write_folder(
         if content is not None:
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+# Real vocabularies may not be part of this repository: they are read where they lie.
+TOKENIZERS = Path(os.environ.get("ROUTER_TOKENIZERS", "/work/shared/tokenizers"))
+GLM_CONFIG = {"architectures": ["ChatGLMModel"], "model_type": "chatglm"}
+
+
+def real_vocabulary(name: str) -> Path:
+    """The tokenizer.model of chatglm2-6b, glm-4-9b-chat or llama-2; skips where it is not."""
+    file = TOKENIZERS / name / "tokenizer.model"
+    if not file.is_file():
+        pytest.skip(f"no {file}: set ROUTER_TOKENIZERS to a folder with {name}/tokenizer.model")
+    return file
+
+
+def real_folder(folder: Path, name: str, **files: dict[str, Any]) -> Path:
+    """A folder without weights: the tokenizer.model of `name`, and JSON files by their stem."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").symlink_to(real_vocabulary(name))
+    for stem, content in files.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def golden_rows(name: str) -> list[dict[str, Any]]:
+    """The lines of tests/golden/tokenizer-<name>.jsonl."""
+    file = Path(__file__).parent / "golden" / f"tokenizer-{name}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

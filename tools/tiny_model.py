@@ -195,7 +195,7 @@ def tokenizer_json() -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i} | _added_token(name) for i, name in enumerate(SPECIALS)],
+        "added_tokens": [{"id": i} | added_token(name) for i, name in enumerate(SPECIALS)],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,
@@ -218,7 +218,7 @@ def tokenizer_config_json(spec: TinySpec) -> dict[str, Any]:
     """tokenizer_config.json with the chat template."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {str(i): _added_token(name) for i, name in enumerate(SPECIALS)},
+        "added_tokens_decoder": {str(i): added_token(name) for i, name in enumerate(SPECIALS)},
         "bos_token": SPECIALS[BOS_ID],
         "eos_token": SPECIALS[EOS_ID],
         "pad_token": SPECIALS[PAD_ID],
@@ -242,7 +242,8 @@ def byte_glyphs() -> list[str]:
     ]
 
 
-def _added_token(content: str) -> dict[str, Any]:
+def added_token(content: str) -> dict[str, Any]:
+    """An entry of `added_tokens`; a control token unless answers show it."""
     return {
         "content": content,
         "single_word": False,

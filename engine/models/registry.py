@@ -178,7 +178,9 @@ class _Builder:
         spec, at = self._spec, self._names
         vocabulary = (spec.vocab_size, spec.hidden_size)
         # The largest weights come first: while they are converted, nothing else is there yet.
-        own_head = None if spec.tied_head else self._head(self._read(f"{at.head}.weight", *vocabulary))
+        own_head = (
+            None if spec.tied_head else self._head(self._read(f"{at.head}.weight", *vocabulary))
+        )
         embedding = self._read(f"{at.embedding}.weight", *vocabulary)
         head = own_head or self._head(embedding)
         layers = [self._layer(index, layer) for index, layer in enumerate(spec.layers)]

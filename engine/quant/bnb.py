@@ -26,8 +26,8 @@ REMEDY = "pip install 'llm-router[bitsandbytes]'"
 
 _OUTLIER = 6.0
 _NF4_GROUP = 64  # values under one scale
-# Weights are quantized, and on a CPU widened, so many values at a time: 4 MB of float32.
-_BLOCK_VALUES = 1 << 20
+# Weights are quantized, and on a CPU widened, so many values at a time: 2 MB of float32.
+_BLOCK_VALUES = 1 << 19
 
 
 def bnb_method(quant: QuantName) -> LinearMethod:
@@ -59,6 +59,7 @@ class LlmInt8Linear:
         return own + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()  # the CUDA kernels take no strides: they would read other values
         digits, maxima, outliers = self._functional.int8_vectorwise_quant(
             _as_quantizable(x), threshold=_OUTLIER
         )
@@ -73,8 +74,8 @@ class LlmInt8Linear:
 class Nf4Linear:
     """See `engine.quant.base.Linear`. Kept in blocks of rows, each with its own scales.
 
-    On a GPU there is one block and bitsandbytes' product; on a CPU, where that would widen the
-    whole weight, blocks are widened one after the other.
+    On a GPU there is one block and bitsandbytes' product (for rows of whole groups); on a CPU,
+    where that would widen the whole weight, blocks are widened one after the other.
     """
 
     def __init__(self, functional: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -92,10 +93,10 @@ class Nf4Linear:
         return own + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if x.is_cuda and x.shape[-1] % _NF4_GROUP == 0:
             [(_, values, state)] = self._blocks
             product = importlib.import_module("bitsandbytes").matmul_4bit
-            whole: Tensor = product(x, values.t(), quant_state=state, bias=self._bias)
+            whole: Tensor = product(x.contiguous(), values.t(), quant_state=state, bias=self._bias)
             return whole
         y = x.new_empty(len(x), self._rows)
         for some, values, state in self._blocks:

@@ -22,7 +22,7 @@ from engine.quant.base import LinearMethod
 
 # Weights are quantized, and widened where they must be, so many values at a time: 4 MB of float32
 # in a CPU's cache, on a GPU more because each operation costs microseconds.
-_BLOCK_VALUES, _CUDA_BLOCK_VALUES = 1 << 20, 1 << 24
+_BLOCK_VALUES, _CUDA_BLOCK_VALUES = 1 << 20, 1 << 22
 # Rows of activations multiplied at a time: bounds the int32 products of a prompt's chunk.
 _MAX_ROWS = 512
 # torch's CUDA product takes sizes that are multiples of 8 and more than 16 rows.

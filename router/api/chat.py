@@ -6,6 +6,7 @@ how templates are rendered.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.types import Receive, Scope, Send
@@ -63,7 +64,10 @@ class ChatCompletions:
         max_new = wanted_tokens(request.max_tokens, "max_tokens")
         if request.max_completion_tokens is not None:
             max_new = wanted_tokens(request.max_completion_tokens, "max_completion_tokens")
-        rules = text_rules_of(request, model, logprobs=logprobs >= 0, continues=False)
+        continues = request.continue_final_message is True
+        rules = text_rules_of(request, model, logprobs=logprobs >= 0, continues=continues)
+        if model.template is not None and model.template.opens_line and not continues:
+            rules = replace(rules, strip_lines=True)
         sampling = sampling_of(request, model, logprobs=logprobs)
         prompt = await self._generations.render(
             model,
@@ -71,7 +75,7 @@ class ChatCompletions:
             add_generation_prompt=adds_generation_prompt(
                 request.messages, request.add_generation_prompt, request.continue_final_message
             ),
-            continue_final=request.continue_final_message is True,
+            continue_final=continues,
             kwargs=request.chat_template_kwargs or {},
         )
         self._generations.check_room(model, prompt, param="messages")

@@ -70,19 +70,24 @@ class Generations:
         add_special: bool,
         parse_special: bool = True,
     ) -> tuple[list[int], ...]:
-        """Token ids of each prompt; token lists stay as they are. Raises ContextLengthExceeded."""
+        """Token ids of each prompt; token lists stay as they are. Raises ContextLengthExceeded.
+
+        With `add_special` an encoder's are those that /v1/embeddings would use.
+        """
         tokenizer = model.tokenizer
         for prompt in prompts:
             if isinstance(prompt, str):
                 _refuse_endless(model, len(prompt), param="prompt")
 
+        def ids_of(prompt: str | list[int]) -> list[int]:
+            if not isinstance(prompt, str):
+                return prompt
+            if add_special and not model.generates:
+                return tokenizer.encode_for_embedding(prompt)
+            return tokenizer.encode(prompt, add_special=add_special, parse_special=parse_special)
+
         def work() -> tuple[list[int], ...]:
-            return tuple(
-                tokenizer.encode(prompt, add_special=add_special, parse_special=parse_special)
-                if isinstance(prompt, str)
-                else prompt
-                for prompt in prompts
-            )
+            return tuple(map(ids_of, prompts))
 
         num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         return await self._pool.run_sized(num_chars, work)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
+
+import msgspec
 
 from router.downloads.transfer import HubFile, has_digest
 from router.downloads.web import Address, NoAnswer, Refused, read_json
@@ -149,9 +152,10 @@ class HuggingFace:
         url = f"{self.endpoint}/api/models/{repository}/revision/main?blobs=true"
         answer = _asked(self, repository, Address(url, self._secrets()))
         try:
-            files = [_hf_file(entry) for entry in answer["siblings"]]
-            return Listing(str(answer["sha"]), tuple(files))
-        except (KeyError, TypeError, ValueError) as error:
+            info = msgspec.convert(answer, _HfInfo)
+            files = tuple(_hub_file(s.rfilename, s.num_bytes, s.digest) for s in info.siblings)
+            return Listing(_checked_digest(info.sha), files)
+        except ValueError as error:
             raise _strange(self, repository, error) from error
 
     def address(self, repository: str, revision: str, name: str) -> Address:
@@ -182,20 +186,25 @@ class HuggingFace:
                 "a token of the account that did (or run 'hf auth login')"
             )
         elif error.status == 401 and self.token and error.reason != "RepoNotFound":
-            text = f"{self.site} does not accept the token: renew HF_TOKEN or unset it"
+            text = (
+                f"cannot be read: {self.site} does not accept the token: renew HF_TOKEN or unset it"
+            )
         elif error.status in (401, 404):
             text = (
                 f"is not at {self.site}, or is private: check the spelling; a private one needs "
                 "HF_TOKEN (or 'hf auth login')"
             )
         elif error.status == 403:
-            text = f"{self.site} lets this token not read it: give HF_TOKEN that right"
+            text = (
+                f"may not be read with this token, says {self.site}: give HF_TOKEN that right, or "
+                "unset it"
+            )
         else:
-            text = f"{self.site} answered {error.status}: try again later"
-        return StartError(f"model '{repository}': {text}", EXIT_CONFIG)
+            text = f"cannot be read: {self.site} answered {error.status}; try again later"
+        return StartError(f"model '{repository}' {text}", EXIT_CONFIG)
 
     def _secrets(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        return {"Authorization": _bearer(self.token, "HF_TOKEN")} if self.token else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +246,10 @@ class ModelScope:
         url = f"{self._api(repository)}/files?Revision=master&Recursive=True"
         answer = _asked(self, repository, Address(url, self._secrets()))
         try:
-            entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
-            files = [
-                HubFile(_safe(e["Path"]), int(e["Size"]), _checked_digest(e["Sha256"]))
-                for e in entries
-            ]
+            entries = msgspec.convert(answer, _MsAnswer).Data.Files
+            files = [_hub_file(e.Path, e.Size, e.Sha256) for e in entries if e.Type != "tree"]
             return Listing("master", tuple(files))
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise _strange(self, repository, error) from error
 
     def address(self, repository: str, revision: str, name: str) -> Address:
@@ -271,8 +277,8 @@ class ModelScope:
                 "MODELSCOPE_API_TOKEN"
             )
         else:
-            text = f"{self.site} answered {error.status}: try again later"
-        return StartError(f"model 'modelscope:{repository}': {text}", EXIT_CONFIG)
+            text = f"cannot be read: {self.site} answered {error.status}; try again later"
+        return StartError(f"model 'modelscope:{repository}' {text}", EXIT_CONFIG)
 
     def _folder(self, repository: str) -> Path:
         return self.home(repository) / "snapshots" / "master"
@@ -283,7 +289,14 @@ class ModelScope:
     def _secrets(self) -> dict[str, str]:
         if not self.token:
             return {}
-        return {"Authorization": f"Bearer {self.token}", "Cookie": f"m_session_id={self.token}"}
+        bearer = _bearer(self.token, "MODELSCOPE_API_TOKEN")
+        return {"Authorization": bearer, "Cookie": f"m_session_id={self.token}"}
+
+
+def _bearer(token: str, variable: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise StartError(f"{variable} holds characters that no token has: set it anew", EXIT_CONFIG)
+    return f"Bearer {token}"
 
 
 def unreachable(hub: Hub, repository: str, error: NoAnswer) -> StartError:
@@ -313,11 +326,50 @@ def _strange(hub: Hub, repository: str, error: Exception) -> StartError:
     )
 
 
-def _hf_file(entry: Mapping[str, Any]) -> HubFile:
-    large = entry.get("lfs")
-    digest = large["sha256"] if large else entry["blobId"]
-    size = large["size"] if large else entry["size"]
-    return HubFile(_safe(entry["rfilename"]), int(size), _checked_digest(digest))
+class _HfLarge(msgspec.Struct):
+    sha256: str
+    size: int
+
+
+class _HfSibling(msgspec.Struct, rename="camel"):
+    rfilename: str
+    size: int = -1
+    blob_id: str = ""
+    lfs: _HfLarge | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.lfs.size if self.lfs else self.size
+
+    @property
+    def digest(self) -> str:
+        return self.lfs.sha256 if self.lfs else self.blob_id
+
+
+class _HfInfo(msgspec.Struct):
+    sha: str
+    siblings: list[_HfSibling]
+
+
+class _MsFile(msgspec.Struct):
+    Path: str
+    Type: str
+    Size: int
+    Sha256: str
+
+
+class _MsData(msgspec.Struct):
+    Files: list[_MsFile]
+
+
+class _MsAnswer(msgspec.Struct):
+    Data: _MsData
+
+
+def _hub_file(name: str, num_bytes: int, digest: str) -> HubFile:
+    if num_bytes < 0:
+        raise ValueError(f"{name} has no size")
+    return HubFile(_safe(name), num_bytes, _checked_digest(digest))
 
 
 def _checked_digest(text: str) -> str:

@@ -68,15 +68,15 @@ def open_url(address: Address, start: int = 0) -> HTTPResponse:
         raise Refused(error.code, error.headers.get("X-Error-Code") or "") from error
     except (OSError, HTTPException) as error:
         raise NoAnswer(f"{address.host}: {_why(error)}") from error
-    except ValueError:  # its text shows the header, and with it the token
-        raise NoAnswer("the hub's address or token has a character that cannot be sent") from None
+    except ValueError:  # its text may show a header, and with it the token
+        raise NoAnswer("the hub's address cannot be used") from None
 
 
 def read_chunks(answer: HTTPResponse) -> Iterator[bytes]:
     """The body as it comes; it may end early. Raises `NoAnswer`."""
     while True:
         try:
-            chunk = answer.read(CHUNK_BYTES)
+            chunk = answer.read1(CHUNK_BYTES)  # what is there: a slow line must not wait for more
         except (OSError, HTTPException) as error:
             raise NoAnswer(_why(error)) from error
         if not chunk:

@@ -25,13 +25,15 @@ class TextRules:
     """How the tokens of a request become text.
 
     `pieces[id]` are the bytes shown for each id (special ones are empty where they are hidden);
-    `strip_space` drops one space from the start of the text, `errors` shows invalid bytes.
+    `strip_space` drops one space from the start of the text, `strip_lines` all spaces and line
+    breaks there; `errors` shows invalid bytes.
     The token that ended a choice by being in `stop_ids` is counted, but is no text (unless
     `include_stop`). `logprobs` says whether entries are wanted.
     """
 
     pieces: Sequence[bytes]
     strip_space: bool = False
+    strip_lines: bool = False
     errors: str = "replace"
     stops: StopStrings | None = None
     stop_ids: frozenset[int] = frozenset()
@@ -66,7 +68,10 @@ class ChoiceText:
     def __init__(self, rules: TextRules) -> None:
         self._rules = rules
         self._detokenizer = Detokenizer(
-            rules.pieces, strip_space=rules.strip_space, errors=rules.errors
+            rules.pieces,
+            strip_space=rules.strip_space,
+            strip_lines=rules.strip_lines,
+            errors=rules.errors,
         )
         self._matcher = StopMatcher(rules.stops) if rules.stops else None
         self._step_by_token = self._matcher is not None or rules.logprobs

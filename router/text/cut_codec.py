@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 _SPACES: Final = re.compile(r"\s*")
 
 
-class AddedToken(NamedTuple):
+class Written(NamedTuple):
     """A text that is one id. `lstrip`, `rstrip`: it takes the white space beside it along."""
 
     text: str
@@ -27,8 +27,8 @@ class CutCodec:
     def __init__(
         self,
         encode: Callable[[str, bool], list[int]],
-        special: Sequence[AddedToken],
-        added: Sequence[AddedToken] = (),
+        special: Sequence[Written],
+        added: Sequence[Written] = (),
     ) -> None:
         self._encode = encode
         self._special = _Names(special)
@@ -62,7 +62,7 @@ class CutCodec:
 class _Names:
     """The texts of some tokens; of several that begin at one place the longest is taken."""
 
-    def __init__(self, tokens: Sequence[AddedToken]) -> None:
+    def __init__(self, tokens: Sequence[Written]) -> None:
         self.tokens = {token.text: token for token in tokens}
         longest_first = sorted(self.tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if tokens else None

@@ -13,17 +13,24 @@ class Detokenizer:
     Joined results equal decoding the joined bytes at once, however the ids were chunked: bytes
     that do not yet complete a character are held back, invalid ones become U+FFFD.
     `strip_space` drops one space from the very start of the text (sentencepiece vocabularies mark
-    the start of a text that way); leave it off where the ids continue a text. `errors` is the codec
-    error handler for invalid bytes (see `Tokenizer.decode_errors`).
+    the start of a text that way), `strip_lines` all spaces and line breaks there; leave both off
+    where the ids continue a text. `errors` is the codec error handler for invalid bytes (see
+    `Tokenizer.decode_errors`).
     """
 
-    __slots__ = ("_errors", "_held", "_pieces", "_strip_space")
+    __slots__ = ("_errors", "_held", "_pieces", "_strip_lines", "_strip_space")
 
     def __init__(
-        self, pieces: Sequence[bytes], *, strip_space: bool = False, errors: str = "replace"
+        self,
+        pieces: Sequence[bytes],
+        *,
+        strip_space: bool = False,
+        strip_lines: bool = False,
+        errors: str = "replace",
     ) -> None:
         self._pieces = pieces
         self._errors = errors
+        self._strip_lines = strip_lines
         self._held = b""  # the first bytes of a character
         self._strip_space = strip_space
 
@@ -37,6 +44,9 @@ class Detokenizer:
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
+        if self._strip_lines:
+            data = data.lstrip(b" \n")
+            self._strip_lines = not data
         # codecs' incremental decoder does the same in Python, at three times the cost
         data = self._held + data
         text, used = utf_8_decode(data, self._errors, False)

@@ -1,8 +1,7 @@
-"""The vocabulary inside a GGUF file, rebuilt in memory for the tokenizers library.
+"""The vocabulary inside a GGUF file, rebuilt in memory for the library that made it.
 
-Owns nothing. Must not know tensors. Known is byte-level BPE (`tokenizer.ggml.model` = gpt2).
-The file names its pre-tokenizer by a word; what each word means is taken from llama.cpp
-(src/llama-vocab.cpp), which made the words up: its expressions, applied in the same order.
+Owns nothing. Must not know tensors. Known are byte-level BPE (`tokenizer.ggml.model` = gpt2), for
+the tokenizers library, and sentencepiece's BPE (llama; also Gemma's), for sentencepiece itself.
 
 `smollm` splits digits one by one before GPT-2's expression, as llama.cpp and the model's own
 tokenizer.json do. tests/golden/smollm2 was made without that step; its prompts give equal ids both
@@ -19,12 +18,21 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from engine.gguf import Value
 from router.checkpoint.gguf import read_gguf
 from router.errors import EXIT_CONFIG, StartError
+from router.text.cut_codec import CutCodec, Written
 from router.text.fast_codec import FastCodec, add_tokens, piece_table, special_tokens
 from router.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from router.text.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, open_model, write_model
 from router.text.vocabulary import EACH_BYTE, PieceStyle, Vocabulary
 
-_CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
+
+_SENTENCEPIECE_DEFAULTS: Mapping[str, Value] = {
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.ggml.add_eos_token": False,
+    "tokenizer.ggml.add_space_prefix": True,
+}
 
 # GGUF has room for two end tokens only; these names end a turn wherever they are control tokens.
 _END_NAMES = frozenset(
@@ -55,18 +63,26 @@ def load_gguf_vocabulary(file: Path) -> Vocabulary:
 
 def _vocabulary(metadata: Mapping[str, Value]) -> Vocabulary:
     model = metadata.get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise ValueError(f"its kind is {model!r}, known is 'gpt2' (byte-level BPE)")
+    tokens = _texts(metadata, "tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ValueError("it has not one token type for each token")
+    if model == "gpt2":
+        return _byte_level(metadata, tokens, kinds)
+    if model == "llama":
+        return _sentence_pieces(metadata, tokens, kinds)
+    raise ValueError(f"its kind is {model!r}, known are 'gpt2' (byte-level BPE) and 'llama'")
+
+
+def _byte_level(
+    metadata: Mapping[str, Value], tokens: list[str], kinds: Sequence[object]
+) -> Vocabulary:
     name = metadata.get("tokenizer.ggml.pre", "default")
     pre = PRE_TOKENIZERS.get(str(name))
     if pre is None:
         raise ValueError(
             f"its pre-tokenizer {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}"
         )
-    tokens = _texts(metadata, "tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise ValueError("it has not one token type for each token")
     parsing = _tokenizer(tokens, kinds, _texts(metadata, "merges"), pre)
     special = special_tokens(parsing)
     bos_id = _id(metadata, "bos_token_id", len(tokens))
@@ -79,6 +95,51 @@ def _vocabulary(metadata: Mapping[str, Value]) -> Vocabulary:
         eos_ids=_eos_ids(metadata, special, len(tokens)),
         prefix_ids=(bos_id,) if adds_bos and bos_id is not None else (),
         unk_id=_id(metadata, "unknown_token_id", len(tokens)),
+    )
+
+
+def _sentence_pieces(
+    metadata: Mapping[str, Value], tokens: list[str], kinds: Sequence[object]
+) -> Vocabulary:
+    """Defaults, and the space behind control tokens too, are llama.cpp's."""
+    from router.text.spm import open_model, write_model
+
+    metadata = {**_SENTENCEPIECE_DEFAULTS, **metadata}
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ValueError("it has not one score for each token")
+    if not all(isinstance(kind, int) and 0 < kind < 7 for kind in kinds):
+        raise ValueError("it has token types that are not known")
+    known = [int(str(kind)) for kind in kinds]
+    for i, token in enumerate(tokens):
+        if not token:
+            tokens[i], known[i] = f"[EMPTY_{i}]", _UNUSED
+        elif known[i] == _USER_DEFINED and token in _END_NAMES:
+            known[i] = _CONTROL
+    unk_id = _id(metadata, "unknown_token_id", len(tokens))
+    if _UNKNOWN not in known and unk_id is not None:
+        known[unk_id] = _UNKNOWN
+    prefix = metadata["tokenizer.ggml.add_space_prefix"] is not False
+    numbers = [float(score) for score in scores]
+    model = open_model(write_model(tokens, numbers, known, adds_prefix=prefix))
+    bos_id = _id(metadata, "bos_token_id", len(tokens))
+    eos_ids = _eos_ids(metadata, model.special, len(tokens))
+    adds_bos = metadata["tokenizer.ggml.add_bos_token"] is not False
+    adds_eos = metadata["tokenizer.ggml.add_eos_token"] is True
+    return Vocabulary(
+        codec=CutCodec(
+            lambda text, _starts: model.encode(text, starts=True),
+            [Written(name, token) for token, name in model.special.items()],
+        ),
+        pieces=model.pieces,
+        special=model.special,
+        bos_id=bos_id,
+        eos_ids=eos_ids,
+        prefix_ids=(bos_id,) if adds_bos and bos_id is not None else (),
+        suffix_ids=eos_ids[:1] if adds_eos else (),
+        unk_id=model.unk_id,
+        strips_space=model.strips_space,
+        errors=EACH_BYTE,
     )
 
 

@@ -25,7 +25,10 @@ def load_hf_vocabulary(folder: Path) -> Vocabulary:
     """Raises `StartError` naming the file that is missing or unusable, and what to do."""
     file = folder / FILE_NAME
     if not file.is_file():
-        raise StartError(_missing(folder), EXIT_CONFIG)
+        raise StartError(
+            f"{folder} has no {FILE_NAME}: copy it there from the place the model came from",
+            EXIT_CONFIG,
+        )
     try:
         parsing = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
@@ -58,15 +61,6 @@ def load_hf_vocabulary(folder: Path) -> Vocabulary:
         strips_space=style.strips_space,
         errors=EACH_BYTE if style.byte_fallback else "replace",
     )
-
-
-def _missing(folder: Path) -> str:
-    if (folder / "tokenizer.model").is_file():
-        return (
-            f"{folder} has a sentencepiece tokenizer.model but no {FILE_NAME}, which is the only "
-            "kind read so far: take a copy of the model that has one"
-        )
-    return f"{folder} has no {FILE_NAME}: copy it there from the place the model came from"
 
 
 def _decoder(tokenizer: Tokenizer) -> Mapping[str, Any] | None:

@@ -18,9 +18,7 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _SLASH_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
 _QWEN2 = _WORDS + r"|\p{N}" + _TAIL
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
-)
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 _ASCII_SIGNS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 _SENTENCE = r" ?[^(\s|.,!?…。，、।۔،)]+"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from router.errors import EXIT_CONFIG, StartError
-from router.text.cut_codec import AddedToken, CutCodec
+from router.text.cut_codec import CutCodec, Written
 from router.text.glm import GLM_ENDS, GLM_PREFIX, GLM_SPECIALS
 from router.text.pre_tokenizers import LLAMA3
 from router.text.settings import end_ids, optional_config
@@ -42,14 +42,12 @@ def load_rank_vocabulary(folder: Path, file: Path, data: bytes) -> Vocabulary:
         raise StartError(f"{file} cannot be used: {error}", EXIT_CONFIG) from error
     special = {len(pieces) + i: name for i, name in enumerate(GLM_SPECIALS["glm-4"])}
     ids = {name: token for token, name in special.items()}
-    configs = [
-        optional_config(folder / name) for name in ("generation_config.json", "config.json")
-    ]
+    configs = [optional_config(folder / name) for name in ("generation_config.json", "config.json")]
     _check_added(folder, ids)
     return Vocabulary(
         codec=CutCodec(
             lambda text, _starts: encoding.encode_ordinary(text),
-            [AddedToken(name, token) for name, token in ids.items()],
+            [Written(name, token) for name, token in ids.items()],
         ),
         pieces=(*pieces, *[b""] * len(special)),
         special=special,

@@ -12,8 +12,8 @@ from functools import cached_property
 from itertools import takewhile
 
 from router.errors import ModelNotFound
+from router.text.formats import ChatFormat
 from router.text.pooling import PoolingRule
-from router.text.template import ChatTemplate
 from router.text.tokenizer import Tokenizer
 
 
@@ -27,7 +27,7 @@ class ServedModel:
 
     names: tuple[str, ...]
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatFormat | None
     max_len: int
     created_s: int  # unix time
     generates: bool = True

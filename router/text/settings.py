@@ -1,4 +1,4 @@
-"""What the small JSON files beside a tokenizer say about it. Owns nothing; must not know libraries."""
+"""What the small JSON files beside a tokenizer say. Owns nothing; must not know any library."""
 
 from __future__ import annotations
 

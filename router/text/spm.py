@@ -21,6 +21,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # also GGUF'
 # A message may be continued: a later field takes the place of an earlier one.
 _NO_PREFIX: Final = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
 _BPE: Final = 2
+_MAX_SCORE: Final = 1e38  # what 32 bits hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,12 @@ def open_model(data: bytes) -> SentencePieces:
 def write_model(
     pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *, adds_prefix: bool
 ) -> bytes:
-    """A byte pair model of these pieces, as a tokenizer.model holds it; nothing is normalized."""
+    """A byte pair model of these pieces, as a tokenizer.model holds it; nothing is normalized.
+
+    Raises ValueError for scores that are no numbers.
+    """
+    if not all(abs(score) < _MAX_SCORE for score in scores):
+        raise ValueError("it has a score that is no number")
     parts = [
         _field(
             1,

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from router.errors import EXIT_CONFIG, StartError
-from router.text.cut_codec import AddedToken, CutCodec
+from router.text.cut_codec import CutCodec, Written
 from router.text.glm import GLM_ENDS, GLM_PREFIX, GLM_SPECIALS, GlmKind
 from router.text.settings import end_ids, optional_config, text_of
 from router.text.spm import SentencePieces, open_model
 from router.text.vocabulary import EACH_BYTE, Vocabulary
 
 FILE_NAME: Final = "tokenizer.model"
-MAX_MODEL_BYTES: Final = 64 * 1024 * 1024
 _MAX_HOLES: Final = 1024  # ids left out between those of a vocabulary
 
 
@@ -97,7 +96,7 @@ def _llama_vocabulary(
     return Vocabulary(
         codec=CutCodec(
             lambda text, starts: model.encode(text, starts=starts or legacy),
-            [given.get(token) or AddedToken(name, token) for token, name in special.items()],
+            [given.get(token) or Written(name, token) for token, name in special.items()],
             [entry.token for entry in added.values() if not entry.special],
         ),
         pieces=tuple(pieces),
@@ -115,7 +114,7 @@ def _llama_vocabulary(
 class _Added:
     """An added token of the folder's files, and whether it is a control token."""
 
-    def __init__(self, token: AddedToken, special: bool) -> None:
+    def __init__(self, token: Written, special: bool) -> None:
         self.token = token
         self.special = special
 
@@ -130,7 +129,7 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, _Added
         return {_id(key): _entry(_id(key), value) for key, value in listed.items()}
     named = _special_names([settings, optional_config(folder / "special_tokens_map.json")])
     return {
-        _id(token): _Added(AddedToken(text, _id(token)), text in named)
+        _id(token): _Added(Written(text, _id(token)), text in named)
         for text, token in optional_config(folder / "added_tokens.json").items()
     }
 
@@ -146,7 +145,7 @@ def _entry(token: int, value: object) -> _Added:
     text = value.get("content") if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping) or not isinstance(text, str) or not text:
         raise ValueError(f"the added token {token} has no text as 'content'")
-    added = AddedToken(text, token, value.get("lstrip") is True, value.get("rstrip") is True)
+    added = Written(text, token, value.get("lstrip") is True, value.get("rstrip") is True)
     return _Added(added, value.get("special") is True)
 
 

@@ -62,6 +62,8 @@ _RENDER_ERRORS = (
 class ChatTemplate:
     """One model's template, compiled once; several threads may render it at once."""
 
+    opens_line = False
+
     def __init__(self, source: str, tool_source: str | None = None) -> None:
         """Raises `StartError` when jinja2 cannot compile it."""
         self.source = source
@@ -145,6 +147,15 @@ def load_template(path: Path) -> ChatTemplate | None:
         return ChatTemplate(default, named.get(TOOL_TEMPLATE))
     except StartError as error:
         raise StartError(f"{path}: {error.message}", EXIT_CONFIG) from error
+
+
+def read_template(file: Path) -> ChatTemplate:
+    """The template that is all of a file. Raises `StartError` naming the file if it is unusable."""
+    source = _template_text(file)
+    try:
+        return ChatTemplate(source)
+    except StartError as error:
+        raise StartError(f"{file}: {error.message}", EXIT_CONFIG) from error
 
 
 class _Marks:

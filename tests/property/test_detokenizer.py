@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.text.detokenizer import Detokenizer
+from router.text.vocabulary import EACH_BYTE
 
 texts = st.text(alphabet=st.sampled_from("aé你好😊👨‍👩‍👧 \n"), max_size=20)
 places = st.lists(st.integers(0, 200), max_size=12)
@@ -41,6 +42,24 @@ def test_any_bytes_in_any_chunking(data: bytes, cuts: list[int], strip: bool) ->
     sent += detokenizer.flush()
     whole = data.removeprefix(b" ") if strip else data
     assert sent == whole.decode("utf-8", "replace")
+
+
+@given(st.text(alphabet=" \n\ta你", max_size=12), places)
+def test_leading_lines_in_any_chunking(text: str, cuts: list[int]) -> None:
+    data = text.encode()
+    detokenizer = Detokenizer(all_bytes, strip_space=True, strip_lines=True)
+    sent = "".join(detokenizer.push(data[part]) for part in cut(len(data), cuts))
+    assert sent + detokenizer.flush() == text.lstrip(" \n")
+
+
+@given(st.binary(max_size=30), places)
+def test_each_invalid_byte_is_shown(data: bytes, cuts: list[int]) -> None:
+    detokenizer = Detokenizer(all_bytes, errors=EACH_BYTE)
+    sent = "".join(detokenizer.push(data[part]) for part in cut(len(data), cuts))
+    sent += detokenizer.flush()
+    assert sent == data.decode("utf-8", EACH_BYTE)
+    # every byte is in a character or is one U+FFFD
+    assert len(sent.replace("\N{REPLACEMENT CHARACTER}", "x").encode()) == len(data)
 
 
 @given(texts, places, places)

@@ -91,6 +91,12 @@ def test_token_ids_are_used_as_given(server: Server) -> None:
     assert difference(vectors(answer), [item["embedding"] for item in ITEMS]) < TOLERANCE
 
 
+def test_tokenize_counts_as_embeddings_do(server: Server) -> None:
+    body = {"model": ENCODER, "prompt": ITEMS[0]["text"]}
+    answer = httpx.post(f"{server.url}/tokenize", json=body).json()
+    assert (answer["tokens"], answer["max_model_len"]) == (ITEMS[0]["input_ids"], 256)
+
+
 def test_langchain(server: Server) -> None:
     """By default it would send ids of another vocabulary."""
     embeddings = OpenAIEmbeddings(

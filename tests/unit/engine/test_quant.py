@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelError, QuantName
+from engine.device.heap import giving_back
 from engine.protocol import Sampling, unpack_floats
 from engine.quant import int8
 from engine.quant.base import DenseLinear, LinearMethod
@@ -213,6 +215,33 @@ def test_engine_and_memory_plan(tmp_path: Path, quant: QuantName, tied: bool) ->
     off = [abs(a - b) for a, b in zip(scores, exact, strict=True)]
     allowed = {"none": 1e-5, "int8": 0.1, "bnb-int8": 0.2, "nf4": 2.0}[quant]
     assert sum(off) / len(off) < allowed
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells RssAnon")
+def test_a_load_leaves_no_holes() -> None:
+    before_bytes, kept = anonymous_bytes(), list[Tensor]()
+    with giving_back():
+        for _ in range(40):
+            converted = torch.ones(1_000_000)
+            kept.append(converted[:400_000].clone())
+            del converted
+        held_bytes = anonymous_bytes() - before_bytes
+    kept_bytes = sum(tensor.nbytes for tensor in kept)
+    assert held_bytes < 1.1 * kept_bytes + 4e6
+
+
+def test_a_load_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: None) -> None:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with giving_back():
+        assert float(torch.ones(3).sum()) == 3.0
 
 
 def prompt_scores(driver: Driver) -> list[float]:

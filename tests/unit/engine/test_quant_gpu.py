@@ -35,6 +35,18 @@ def test_products(quant: QuantName, dtype: torch.dtype, shape: tuple[int, int], 
     assert float((added - residual - linear(x)).abs().max()) < 0.02 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("quant", list(ERRORS))
+def test_input_with_strides(quant: QuantName) -> None:
+    """As the MLP hands it over: the left half of a wider product."""
+    if quant in ("bnb-int8", "nf4"):
+        pytest.importorskip("bitsandbytes")
+    device = torch.device("cuda")
+    weight = torch.randn(256, 512, device=device).half()
+    x = torch.randn(40, 1024, device=device).half()[:, :512]
+    linear = linear_method(quant, device, torch.float16)(weight, None)
+    torch.testing.assert_close(linear(x), linear(x.contiguous()))
+
+
 def test_int8_in_a_graph() -> None:
     device = torch.device("cuda")
     weight, x = torch.randn(320, 448, device=device), torch.randn(3, 448, device=device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from router.arguments import parse
-from router.cli import main, make_plan
+from router.cli import _served_model, _specs, main, make_plan
 from router.errors import StartError
+from router.text.model import load_tokenizer
+from router.text.template import ChatTemplate
 from tests.router_process import tiny_model
 
 
@@ -54,3 +57,37 @@ def test_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = capsys.readouterr().out
     assert "--device -> --gpus cpu" in out
     assert "tiny on cpu: float32" in out
+
+
+def test_a_broken_tokenizer_is_found_by_check(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = tiny_model(tmp_path)
+    (model / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert main(["check", "--models", str(model), "--gpus", "cpu"]) == 78
+    assert "tokenizer.json is no usable tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("padding", [0, 40])
+def test_ids_without_text_are_told_to_the_engine(tmp_path: Path, padding: int) -> None:
+    model = tiny_model(tmp_path)
+    file = model / "config.json"
+    size = load_tokenizer(model).vocab_size
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["vocab_size"] = size + padding
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    config = parse(["--models", str(model), "--gpus", "cpu", "--load-format", "dummy"], {}).config
+    made = make_plan(config, {})
+    (spec,) = _specs(config, made, [_served_model(config, made, 0)], {}, "ipc:///none")
+    assert spec.config.text_ids == (size if padding else 0)
+
+
+def test_a_chat_format_for_models_without_a_template(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    words = ["--models", f"a={model}", "--gpus", "cpu", "--conv-template", "llama-2"]
+    config = parse(words, {}).config
+    template = _served_model(config, make_plan(config, {}), 0).template
+    assert isinstance(template, ChatTemplate)
+    assert "[INST]" in template.source
+    with pytest.raises(StartError, match="exclude each other"):
+        parse(["--chat-format", "a", "--chat-template", "b"], {})

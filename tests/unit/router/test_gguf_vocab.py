@@ -10,6 +10,7 @@ from router.errors import EXIT_CONFIG, StartError
 from router.text.fast_codec import FastCodec
 from router.text.gguf_vocab import load_gguf_vocabulary
 from router.text.model import load_text
+from router.text.pre_tokenizers import PRE_TOKENIZERS
 from router.text.tokenizer import ModelTokenizer
 from router.text.vocabulary import byte_alphabet
 
@@ -88,6 +89,15 @@ SPLITS = {
     "llama-bpe": ["I", "'LL", " ", " pay", " ", "123", "4", "\n\n", " ", " now", "!!"],
     "qwen2": ["I", "'LL", " ", " pay", " ", "1", "2", "3", "4", "\n\n", " ", " now", "!!"],
     "default": ["I", "'", "LL", " ", " pay", " ", "123", "4", "\n\n ", " now", "!!"],
+    "tekken": ["I", "'LL", " ", " pay", " ", "1", "2", "3", "4", "\n\n", " ", " now", "!!"],
+    "gpt-4o": ["I'LL", " ", " pay", " ", "123", "4", "\n\n", " ", " now", "!!"],
+    "deepseek-v3": ["I", "'LL", " ", " pay", " ", "123", "4", "\n\n", " ", " now", "!!"],
+    "deepseek-coder": ["I", "'", "LL", " ", " pay", " ", *"1234\n\n", " ", " now", "!!"],
+    "falcon": ["I", "'", "LL", " ", " pay", " ", "123", "4", "\n\n ", " now", "!!"],
+    "seed-coder": ["I", "'LL", " ", " pay", " ", *"1234", "\n\n", " ", " now", "!!"],
+    "bailingmoe": ["I", "'LL", " ", " pay", " ", *"1234", "\n\n", " ", " now", "!!"],
+    "bloom": ["I'LL", " ", " pay", " 1234", "\n\n ", " now", "!!"],
+    "viking": ["I'LL", " ", " pay", " ", *"1234", "\n\n ", " now", "!!"],
 }
 
 
@@ -101,6 +111,14 @@ def test_pre_tokenizers(tmp_path: Path, pre: str) -> None:
     assert [TEXT[first:last] for first, last in spans] == SPLITS[pre]
 
 
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_every_pre_tokenizer_keeps_every_character(tmp_path: Path, pre: str) -> None:
+    tokenizer = load(tmp_path, pre=pre)
+    for text in (TEXT, "你好，ABC。 déjà-vu\tx", "a" * 300, " " * 50, "it's 3.14% `x`<|y|>"):
+        ids = tokenizer.encode(text, add_special=False, parse_special=False)
+        assert tokenizer.decode(ids) == text
+
+
 def test_no_word_for_the_pre_tokenizer_means_default(tmp_path: Path) -> None:
     assert load(tmp_path, pre=None).vocab_size == 264
 
@@ -108,7 +126,7 @@ def test_no_word_for_the_pre_tokenizer_means_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "'llama', known is 'gpt2'"),
+        ({"model": "bert"}, "'bert', known are 'gpt2'"),
         ({"pre": "strange"}, "'strange' is not known; known are gpt-2"),
         ({"tokens": []}, "no tokens"),
         ({"merges": []}, "no merges"),

@@ -82,6 +82,16 @@ def test_encoders_have_no_output_layer() -> None:
     assert engine.weights_bytes == pytest.approx(EMBEDDING * 4 + layers, rel=0.01)
 
 
+@pytest.mark.parametrize("asked", [{}, {"kv_bytes": GIB}, {"num_blocks": 100}, {"max_len": 9000}])
+def test_encoders_have_no_cache(asked: dict[str, int]) -> None:
+    """What is asked for is meant for the models beside it."""
+    facts = dataclasses.replace(FACTS, encoder=True, context_length=512)
+    given = demand(checkpoint=Checkpoint(Path("m"), facts, 10, 20), **asked)
+    for free in ({"cpu": 8 * GIB}, {}):
+        (engine,) = plan([given], free).engines
+        assert (engine.kv_bytes, engine.num_blocks, engine.max_len) == (0, 0, 512)
+
+
 def test_models_without_weights_are_estimated() -> None:
     empty = Checkpoint(Path("m"), FACTS, 0, 0)
     (engine,) = plan([Demand("m", empty)], {"cpu": 8 * GIB}).engines

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from router.errors import EXIT_CONFIG, StartError
 from router.text.model import load_tokenizer
@@ -141,6 +142,22 @@ def test_the_start_token(
     # vllm-project/vllm#27517: never twice
     again = tokenizer.encode("<s>hello", add_special=True, parse_special=True)
     assert again.count(bos) == 1
+
+
+def test_texts_to_be_embedded_get_what_the_file_puts_around_them(tmp_path: Path) -> None:
+    library = byte_level()
+    start, end = (library.token_to_id(name) for name in ("<s>", "<|im_end|>"))
+    library.post_processor = TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[("<s>", start), ("<|im_end|>", end)]
+    )
+    library.enable_truncation(4)
+    tokenizer = load_tokenizer(write_folder(tmp_path, library))
+    ids = tokenizer.encode_for_embedding("hello <|im_end|>")
+    assert (ids[0], ids[-1]) == (start, end)
+    assert tokenizer.special_ids.isdisjoint(ids[1:-1])
+    assert tokenizer.decode(ids) == "hello <|im_end|>"
+    assert tokenizer.encode_for_embedding("") == [start, end]
+    assert tokenizer.encode("", add_special=True, parse_special=True) == [start]
 
 
 def test_all_end_ids_are_found(tmp_path: Path) -> None:
