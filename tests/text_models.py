@@ -98,7 +98,8 @@ def write_folder(
 
 
 # Real vocabularies may not be part of this repository: they are read where they lie.
-TOKENIZERS = Path(os.environ.get("ROUTER_TOKENIZERS", "/work/shared/tokenizers"))
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZERS = Path(os.environ.get("ROUTER_TOKENIZERS", ROOT.parent / "shared" / "tokenizers"))
 GLM_CONFIG = {"architectures": ["ChatGLMModel"], "model_type": "chatglm"}
 
 
