@@ -29,6 +29,7 @@ from engine.models.registry import (
     Target,
     TensorSource,
     build_decoder,
+    is_native,
     read_spec,
     shape_of,
     weight_names_of,
@@ -102,7 +103,11 @@ def compute_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
 def _causal_model(
     config: EngineConfig, model_config: Mapping[str, Any], source: TensorSource, target: Target
 ) -> tuple[Model, ModelShape]:
-    """The generic decoder where it covers the architecture."""
+    """The generic decoder where it covers the architecture, else transformers' own classes."""
+    if not is_native(model_config):
+        from engine.device.fallback import load_fallback  # needs the optional transformers
+
+        return load_fallback(config, model_config, target)
     spec = read_spec(model_config, config.rope_rule)
     served = target._replace(max_len=min(config.max_len or spec.max_len, spec.max_len))
     names, made_up = weight_names_of(model_config), config.load_format == "dummy"

@@ -377,4 +377,3 @@ def _softcap(keys: ConfigKeys, key: str, default: float) -> float:
     if key in keys.values and keys.values[key] is None:
         return 0.0
     return keys.number(key, default)
-

@@ -13,6 +13,12 @@ from torch import Tensor
 
 from engine.quant.base import DenseLinear, LinearMethod
 
+# oneDNN keeps kernels for each number of rows it has met, about 0.5 MB a shape of weights. Measured,
+# a 135M model after 300 prompts of 2 to 300 tokens: 1,501 MB; with rows rounded up like this
+# 1,126 MB, and no slower. (up to so many rows, rounded up to a multiple of this)
+_ROUNDING = ((16, 1), (64, 4), (128, 8), (256, 16))
+_COARSEST = 32
+
 # Rows for which the layout is chosen: a layout made for 16 rows is also the fastest for 1 and 512.
 _ROWS_HINT = 16
 
@@ -32,12 +38,24 @@ class PackedLinear:
         return self._nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._pointwise(x, self._weight, self._bias, "none", [], "")
-        return y
+        extra = extra_rows(len(x))
+        y: Tensor = self._pointwise(_padded(x, extra), self._weight, self._bias, "none", [], "")
+        return y[: len(x)] if extra else y
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        y: Tensor = self._binary(x, residual, self._weight, self._bias, "add")
-        return y
+        extra = extra_rows(len(x))
+        inputs = _padded(x, extra), _padded(residual, extra)
+        y: Tensor = self._binary(*inputs, self._weight, self._bias, "add")
+        return y[: len(x)] if extra else y
+
+
+def extra_rows(count: int) -> int:
+    """Rows of zeros behind `count` rows, so that few different numbers occur."""
+    return -count % next((step for most, step in _ROUNDING if count <= most), _COARSEST)
+
+
+def _padded(x: Tensor, extra: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, extra)) if extra else x
 
 
 def cpu_method(dtype: torch.dtype) -> LinearMethod:
