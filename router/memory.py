@@ -18,7 +18,7 @@ from router.errors import EXIT_CONFIG, EXIT_NO_MEMORY, StartError
 MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
 
-ENGINE_BYTES: Final = 400 * MIB  # interpreter, torch and buffers of one engine process
+ENGINE_BYTES: Final = 512 * MIB  # interpreter, torch and buffers of one engine process
 DEFAULT_CONTEXT: Final = 2048  # tokens per running sequence that the default KV cache has room for
 MAX_DEFAULT_KV_BYTES: Final = 4 * GIB
 DEFAULT_KV_SHARE: Final = 0.25  # of what weights leave of an engine's share of the device

@@ -73,7 +73,7 @@ def build_device(config: EngineConfig) -> Device:
 
 
 def compute_device(name: str) -> torch.device:
-    """The device called cpu or cuda:N. Raises `ModelError` if this machine or torch build does not have it."""
+    """The device called cpu or cuda:N. Raises `ModelError` if it is not there or not known."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

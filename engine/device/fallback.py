@@ -32,7 +32,9 @@ _BLOCK = 4
 # Largest difference in parts of the largest score: of any position in float32 as stored, of most
 # positions where rounding may send a token to another expert.
 _EXACT, _ROUNDED = 1e-3, 0.05
-_SLOWER_PERCENT = 0
+# Measured on a llama of SmolLM2-135M's shape through both ways, 2 cores, float32: one decode row
+# 20.7 against 15.9 ms, 16 rows 38.2 against 33.6 ms, a prompt of 512 tokens the same.
+_SLOWER_PERCENT = 30
 
 
 def load_fallback(
@@ -56,7 +58,7 @@ def load_fallback(
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(
             f"engine: {name} runs through transformers' own code with our paged attention: "
-            f"about {_SLOWER_PERCENT} % slower than a native model\n"
+            f"a decode step takes about {_SLOWER_PERCENT} % longer than a native model's\n"
         )
     return model, shape
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -353,7 +353,7 @@ def build_fallback(
 
 
 @contextlib.contextmanager
-def refusing(name: str) -> Iterator[None]:
+def refusing(name: str) -> Generator[None]:
     """Whatever fails inside becomes a `ModelError` that names the architecture; want of memory not.
 
     transformers' classes raise anything when they are given what they do not expect.

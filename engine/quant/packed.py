@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.quant.base import DenseLinear, LinearMethod
 
-# oneDNN keeps kernels for each number of rows it has met, about 0.5 MB a shape of weights. Measured,
-# a 135M model after 300 prompts of 2 to 300 tokens: 1,501 MB; with rows rounded up like this
+# oneDNN keeps kernels for each number of rows it has met, about 0.5 MB a shape of weights: a 135M
+# model came to 1,501 MB with 300 prompts of 2 to 300 tokens. With rows rounded up like this it is
 # 1,126 MB, and no slower. (up to so many rows, rounded up to a multiple of this)
 _ROUNDING = ((16, 1), (64, 4), (128, 8), (256, 16))
 _COARSEST = 32
