@@ -301,10 +301,12 @@ def _bearer(token: str, variable: str) -> str:
 
 def unreachable(hub: Hub, repository: str, error: NoAnswer) -> StartError:
     """There is no network, or the hub does not answer."""
+    elsewhere = "set HF_ENDPOINT to a mirror, name it modelscope:ORG/NAME, "
+    if isinstance(hub, ModelScope):
+        elsewhere = "name it without modelscope:, "
     return StartError(
         f"model '{repository}' cannot be fetched from {hub.site} ({error}): check the network and "
-        "its proxy, set HF_ENDPOINT to a mirror, name it modelscope:ORG/NAME, or give the path of "
-        "a folder that holds it",
+        f"its proxy, {elsewhere}or give the path of a folder that holds it",
         EXIT_UNAVAILABLE,
     )
 
