@@ -54,7 +54,9 @@ def test_bitsandbytes(exact: Figures, quant: str, worse: float, share: float) ->
     found = figures(quant)
     assert exact.perplexity < found.perplexity < exact.perplexity * (1 + worse)
     assert found.linear_share <= share
-    assert found.peak_share < 1.15
+    # A second copy of the layers, or of the embedding alone, would be 1.5 and more. bitsandbytes
+    # itself takes some MB at its first layer, whatever the model's size: 1.158 was seen with nf4.
+    assert found.peak_share < 1.25
 
 
 def test_generation_goes_on_in_int8() -> None:
