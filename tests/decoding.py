@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention.reference import ReferenceAttention
 from engine.config import ModelError
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
@@ -60,7 +59,6 @@ def model_logits(model: Model, shape: ModelShape, prompts: list[list[int]]) -> l
     each = -(-longest // BLOCK)  # blocks of a sequence
     cache = KvCache(shape, each * len(prompts), BLOCK, torch.float32, CPU)
     batch = Batch(len(prompts), longest, BLOCK, CPU, torch.float32, shape.windows)
-    attention = ReferenceAttention()
     admits = [
         Admit(i, prompt, len(prompt), list(range(each * i, each * i + each)), Sampling(), ())
         for i, prompt in enumerate(prompts)
@@ -77,9 +75,7 @@ def model_logits(model: Model, shape: ModelShape, prompts: list[list[int]]) -> l
                 rows.append(Row(i, i, done[i], count, False))
                 done[i] += count
         inputs = batch.inputs(rows)
-        hidden = model.forward(
-            inputs.ids, inputs.positions, cache.layers, inputs.attention, attention
-        )
+        hidden = model.forward(inputs.ids, inputs.positions, cache.layers, inputs.attention)
         scores = model.logits(hidden)
         for index, row in enumerate(rows):
             end = inputs.last[index] + 1

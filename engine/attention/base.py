@@ -1,14 +1,13 @@
-"""What one step tells every attention layer, and the protocol that a backend fulfils.
+"""What the decoder asks of attention in each step, and the rules that layers differ in.
 
-Shapes: `q` is [num_tokens, num_heads, head_dim]; `kv` is [num_tokens, 2 * kv_heads, head_dim]: all
-key heads, then all value heads, as the packed projection leaves them. The KV memory of one layer is
-[2 * kv_heads, num_blocks, block_size, head_dim] in the same order, so that one copy writes both.
-Query head i reads kv head i // (num_heads // kv_heads).
+Shapes: the packed product is [num_tokens, num_heads + 2 * kv_heads, head_dim]: query heads, key
+heads, value heads. The KV memory of one layer is [2 * kv_heads, num_blocks, block_size, head_dim]
+in the same order, so that one copy writes both. Query head i reads kv head
+i // (num_heads // kv_heads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -26,52 +25,29 @@ class AttentionRule(NamedTuple):
     softcap: float = 0.0
 
 
-class DecodeGroup(NamedTuple):
-    """Tokens [begin, end) of the step, one per sequence, whose contexts are of similar length.
+class Rotation(NamedTuple):
+    """Rotary embedding of one step: `turns` is complex64 [num_tokens, dim / 2].
 
-    `blocks` is int64 [(end - begin) * blocks_per_row], row by row, padded with any valid block.
-    `masks[window]` is float [end - begin, 1, blocks_per_row * block_size], 0 or -inf, and None
-    where one row sees exactly all of `length` positions.
+    The first `dim` values of a head are rotated as complex numbers: neighbours if `interleaved`,
+    else value i with value i + dim / 2.
     """
 
-    begin: int
-    end: int
-    length: int
-    blocks: Tensor
-    masks: Mapping[int, Tensor | None]
+    turns: Tensor
+    interleaved: bool
 
 
-class Chunk(NamedTuple):
-    """Tokens [begin, end) of the step: consecutive positions from `start` on of one sequence.
+class StepAttention(Protocol):
+    """Attention over the tokens of one step, bound to their pages. A backend is a file."""
 
-    `blocks` is int64 [ceil((start + end - begin) / block_size)]; `masks[window]` is float
-    [end - begin, start + end - begin], 0 or -inf, and None where it would be plain causal
-    (`start` is 0 and no position is outside of the window).
-    """
+    def store(
+        self, qkv: Tensor, num_heads: int, layer_kv: Tensor, rotation: Rotation | None
+    ) -> None:
+        """Rotates query and key heads of the packed product and writes keys and values to pages.
 
-    begin: int
-    end: int
-    start: int
-    blocks: Tensor
-    masks: Mapping[int, Tensor | None]
-
-
-class AttentionInputs(NamedTuple):
-    """One step. `slots` is int64 [num_tokens]: block * block_size + offset of each token's KV."""
-
-    slots: Tensor
-    groups: list[DecodeGroup]
-    chunks: list[Chunk]
-
-
-class AttentionBackend(Protocol):
-    """Chosen once in the device's builder; a backend is a file."""
-
-    def attend(
-        self, q: Tensor, kv: Tensor, layer_kv: Tensor, inputs: AttentionInputs, rule: AttentionRule
-    ) -> Tensor:
-        """Writes kv to `inputs.slots`, attends; returns [num_tokens, num_heads * head_dim].
-
-        `inputs` hold a mask for each window that any layer's rule asks for.
+        In place; afterwards only the first `num_heads` heads of `qkv`, the queries, are of use.
         """
+        ...
+
+    def attend(self, q: Tensor, layer_kv: Tensor, rule: AttentionRule) -> Tensor:
+        """After `store`: [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]."""
         ...

@@ -6,31 +6,97 @@ long context does not make short ones pay); prompt chunks go one by one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, AttentionRule, Chunk, DecodeGroup
+from engine.attention.base import AttentionRule, Rotation
 
 
-class ReferenceAttention:
-    """See `engine.attention.base.AttentionBackend`."""
+class DecodeGroup(NamedTuple):
+    """Tokens [begin, end) of the step, one per sequence, whose contexts are of similar length.
 
-    def attend(
-        self, q: Tensor, kv: Tensor, layer_kv: Tensor, inputs: AttentionInputs, rule: AttentionRule
-    ) -> Tensor:
+    `blocks` is int64 [(end - begin) * blocks_per_row], row by row, padded with any valid block.
+    `masks[window]` is float [end - begin, 1, blocks_per_row * block_size], 0 or -inf, and None
+    where one row sees exactly all of `length` positions.
+    """
+
+    begin: int
+    end: int
+    length: int
+    blocks: Tensor
+    masks: Mapping[int, Tensor | None]
+
+
+class Chunk(NamedTuple):
+    """Tokens [begin, end) of the step: consecutive positions from `start` on of one sequence.
+
+    `blocks` is int64 [ceil((start + end - begin) / block_size)]; `masks[window]` is float
+    [end - begin, start + end - begin], 0 or -inf, and None where it would be plain causal
+    (`start` is 0 and no position is outside of the window).
+    """
+
+    begin: int
+    end: int
+    start: int
+    blocks: Tensor
+    masks: Mapping[int, Tensor | None]
+
+
+class ReferenceStep(NamedTuple):
+    """See `engine.attention.base.StepAttention`.
+
+    `slots` is int64 [num_tokens]: block * block_size + offset of each token's keys and values. The
+    groups and chunks hold a mask for each window that any layer's rule asks for.
+    """
+
+    slots: Tensor
+    groups: list[DecodeGroup]
+    chunks: list[Chunk]
+
+    def store(
+        self, qkv: Tensor, num_heads: int, layer_kv: Tensor, rotation: Rotation | None
+    ) -> None:
+        if rotation is not None:
+            rotate_(qkv[:, : num_heads + layer_kv.shape[0] // 2], rotation)
         memory = layer_kv.view(layer_kv.shape[0], -1, layer_kv.shape[-1])
-        memory.index_copy_(1, inputs.slots, kv.transpose(0, 1))
-        if len(inputs.groups) == 1 and not inputs.chunks:
-            return _decode(q, layer_kv, inputs.groups[0], rule)
+        memory.index_copy_(1, self.slots, qkv[:, num_heads:].transpose(0, 1))
+
+    def attend(self, q: Tensor, layer_kv: Tensor, rule: AttentionRule) -> Tensor:
+        if len(self.groups) == 1 and not self.chunks:
+            return _decode(q, layer_kv, self.groups[0], rule)
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
-        for group in inputs.groups:
+        for group in self.groups:
             rows = q[group.begin : group.end]
             out[group.begin : group.end] = _decode(rows, layer_kv, group, rule)
-        for chunk in inputs.chunks:
+        for chunk in self.chunks:
             rows = q[chunk.begin : chunk.end]
             out[chunk.begin : chunk.end] = _prefill(rows, layer_kv, chunk, rule)
         return out
+
+
+def rotate_(x: Tensor, rotation: Rotation) -> None:
+    """Rotates heads [num_tokens, num_heads, head_dim] in place, in float32.
+
+    Source: RoFormer (arXiv 2104.09864), section 3.2.2, said with complex numbers.
+    """
+    turns = rotation.turns.unsqueeze(1)
+    dim = 2 * turns.shape[-1]
+    if dim < x.shape[-1]:
+        x = x[..., :dim]
+    wide = x.float()
+    if rotation.interleaved:
+        torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turns)
+        if wide is not x:
+            x.copy_(wide)
+        return
+    half = dim // 2
+    turned = torch.complex(wide[..., :half], wide[..., half:]).mul_(turns)
+    x[..., :half] = turned.real
+    x[..., half:] = turned.imag
 
 
 def _decode(q: Tensor, layer_kv: Tensor, group: DecodeGroup, rule: AttentionRule) -> Tensor:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Chunk, DecodeGroup
+from engine.attention.base import StepAttention
+from engine.attention.reference import Chunk, DecodeGroup, ReferenceStep
 from engine.device.sampling import SlotSampling
 from engine.plan import Row, StepPlan
 
@@ -29,7 +30,7 @@ class StepInputs(NamedTuple):
 
     ids: Tensor
     positions: Tensor
-    attention: AttentionInputs
+    attention: StepAttention
     last: list[int]
 
 
@@ -104,7 +105,7 @@ class Batch:
             parts.append(self._chunk(rows[i], at))
             at += count
             last[i] = at - 1
-        attention = AttentionInputs(_join(slots), groups, parts)
+        attention = ReferenceStep(_join(slots), groups, parts)
         return StepInputs(_join(ids), _join(positions), attention, last)
 
     def _kv_slots(self, blocks: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from msgspec.structs import replace
 
-from engine.attention.reference import ReferenceAttention
 from engine.config import DTypeName, EngineConfig, ModelError
 from engine.device.batch import Batch
 from engine.device.encoding import build_encoder_device
@@ -123,7 +122,7 @@ def _with_memory(config: EngineConfig, shape: ModelShape, model: Model, target: 
     cache = KvCache(shape, blocks, config.block_size, dtype, device)
     batch = Batch(config.max_batch, max_len, config.block_size, device, dtype, shape.windows)
     threads = ThreadGovernor(config.threads)
-    runner = Runner(model, cache, batch, ReferenceAttention(), threads, config.text_ids)
+    runner = Runner(model, cache, batch, threads, config.text_ids)
     warm_up(runner, min(_WARM_UP_TOKENS, max_len - 1, blocks * config.block_size - 1), config)
     limits = Limits(
         max_len=max_len,

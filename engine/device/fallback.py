@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention.reference import ReferenceAttention
 from engine.config import EngineConfig, ModelError
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
@@ -102,7 +101,7 @@ def _paged_logits(
             break
         inputs = batch.inputs(rows)
         step = (inputs.ids, inputs.positions, cache.layers, inputs.attention)
-        scores = model.logits(model.forward(*step, ReferenceAttention()))
+        scores = model.logits(model.forward(*step))
         for index, row in enumerate(rows):
             end = inputs.last[index] + 1
             parts[row.slot].append(scores[end - row.count : end])

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend
 from engine.config import EngineConfig
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
@@ -44,7 +43,6 @@ class Runner:
         model: Model,
         cache: KvCache,
         batch: Batch,
-        attention: AttentionBackend,
         threads: ThreadGovernor,
         text_ids: int = 0,
     ) -> None:
@@ -54,7 +52,6 @@ class Runner:
         self._threads = threads
         self._cache = cache
         self._batch = batch
-        self._attention = attention
         self._pooling = SlotPooling()
 
     def launch(self, plan: StepPlan) -> Pending:
@@ -76,7 +73,7 @@ class Runner:
         rows = plan.rows
         inputs = self._batch.inputs(rows)
         hidden = self._model.forward(
-            inputs.ids, inputs.positions, self._cache.layers, inputs.attention, self._attention
+            inputs.ids, inputs.positions, self._cache.layers, inputs.attention
         )
         prompt_logprobs = {
             i: scored

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInputs
+from engine.attention.base import StepAttention
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,8 +42,7 @@ class Model(Protocol):
         ids: Tensor,
         positions: Tensor,
         kv: list[Tensor],
-        inputs: AttentionInputs,
-        attention: AttentionBackend,
+        attention: StepAttention,
     ) -> Tensor:
         """int64 [num_tokens] ids and positions -> hidden states [num_tokens, hidden_size].
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, AttentionInputs, AttentionRule
+from engine.attention.base import AttentionRule, StepAttention
 from engine.models.parts import Experts, GatedMlp, RmsNorm, Rope
 from engine.models.spec import ModelSpec
 from engine.quant.base import Linear
@@ -72,8 +72,7 @@ class Decoder:
         ids: Tensor,
         positions: Tensor,
         kv: list[Tensor],
-        inputs: AttentionInputs,
-        attention: AttentionBackend,
+        attention: StepAttention,
     ) -> Tensor:
         """See `engine.models.base.Model`: hidden states before the final norm."""
         spec = self._spec
@@ -84,8 +83,9 @@ class Decoder:
         steps = zip(self._layers, spec.layers, self._rules, kv, strict=True)
         for layer, layer_spec, rule, layer_kv in steps:
             rotation = None if layer_spec.rope < 0 else rotations[layer_spec.rope]
-            queries, keys_values = self._project(layer, hidden, layer_spec.rope, rotation)
-            mixed = attention.attend(queries, keys_values, layer_kv, inputs, rule)
+            qkv = self._project(layer, hidden)
+            attention.store(qkv, spec.num_heads, layer_kv, rotation)
+            mixed = attention.attend(qkv[:, : spec.num_heads], layer_kv, rule)
             hidden = self._add(layer.output, mixed, hidden, layer.attention_post_norm)
             normed = hidden if layer.mlp_norm is None else layer.mlp_norm(hidden)
             hidden = self._add(layer.mlp, normed, hidden, layer.mlp_post_norm)
@@ -103,13 +103,8 @@ class Decoder:
         cap = self._spec.logit_softcap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
-    def _project(
-        self, layer: Layer, hidden: Tensor, rope: int, rotation: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries [n, num_heads, head_dim] and packed keys and values [n, 2 * kv_heads, head_dim].
-
-        In place: all stay where the packed projection put them.
-        """
+    def _project(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """Packed queries, keys and values [n, num_heads + 2 * kv_heads, head_dim]."""
         spec = self._spec
         normed = hidden if layer.attention_norm is None else layer.attention_norm(hidden)
         queries, rotated = spec.num_heads, spec.num_heads + spec.kv_heads
@@ -117,9 +112,7 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             self._norm_(qkv[:, :queries], layer.q_norm)
             self._norm_(qkv[:, queries:rotated], layer.k_norm)
-        if rotation is not None:
-            self._ropes[rope].rotate_(qkv[:, :rotated], rotation)
-        return qkv[:, :queries], qkv[:, queries:]
+        return qkv
 
     def _norm_(self, heads: Tensor, norm: RmsNorm) -> None:
         if self._spec.qk_norm == "all":

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.attention.base import AttentionBackend, AttentionInputs, AttentionRule
+from engine.attention.base import AttentionRule, StepAttention
 from engine.config import ModelError
 from engine.models.base import ModelShape
 from engine.models.registry import Target, architecture_of
@@ -77,16 +77,15 @@ class _Step(NamedTuple):
 
     rules: list[AttentionRule]
     kv: list[Tensor]
-    inputs: AttentionInputs
-    attention: AttentionBackend
+    attention: StepAttention
 
     def attend(self, call: _Call) -> Tensor:
         """[1, n, heads, head_dim]."""
         layer = call.module.layer_idx
         query = call.query[0].transpose(0, 1)
         keys_values = torch.cat((call.key[0], call.value[0])).transpose(0, 1)
-        rule = self.rules[layer]
-        mixed = self.attention.attend(query, keys_values, self.kv[layer], self.inputs, rule)
+        self.attention.store(keys_values, 0, self.kv[layer], None)
+        mixed = self.attention.attend(query, self.kv[layer], self.rules[layer])
         return mixed.view(1, *query.shape)
 
 
@@ -303,11 +302,10 @@ class HfModel:
         ids: Tensor,
         positions: Tensor,
         kv: list[Tensor],
-        inputs: AttentionInputs,
-        attention: AttentionBackend,
+        attention: StepAttention,
     ) -> Tensor:
         """See `engine.models.base.Model`: hidden states after the final norm."""
-        step = _Step(self._rules, kv, inputs, attention)
+        step = _Step(self._rules, kv, attention)
         return self._run(step, input_ids=ids[None], position_ids=positions[None])
 
     def last_hidden(self, hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention.base import Rotation
 from engine.models.spec import Activation, ExpertsSpec, RopeSpec
 from engine.quant.base import Linear
 
@@ -109,7 +110,7 @@ class Experts:
 
 
 class Rope:
-    """Rotary embedding by complex products; angles are float32 whatever the model's dtype.
+    """Rotary embedding; angles are float32 whatever the model's dtype.
 
     Source: RoFormer (arXiv 2104.09864); llama3 scaling as in the published Llama 3.1 configuration:
     wavelengths beyond the original context are stretched, with a smooth passage.
@@ -117,34 +118,16 @@ class Rope:
 
     def __init__(self, spec: RopeSpec, max_len: int, device: torch.device) -> None:
         """`max_len` is the longest context that will be served."""
-        self._spec = spec
+        self._interleaved = spec.interleaved
         frequencies = _frequencies(spec, max_len)
         positions = torch.arange(max_len, dtype=torch.float32)
         angles = torch.outer(positions, frequencies)
         magnitudes = torch.full_like(angles, spec.magnitude)
-        self._rotations = torch.polar(magnitudes, angles).to(device)
+        self._turns = torch.polar(magnitudes, angles).to(device)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """Rotations of these positions, complex64 [num_tokens, 1, dim / 2]: once a step."""
-        return self._rotations[positions].unsqueeze(1)
-
-    def rotate_(self, x: Tensor, rotations: Tensor) -> None:
-        """Rotates the first `dim` values of each head of x [num_tokens, num_heads, head_dim].
-
-        In place: queries and keys stay where the packed projection put them, beside the values.
-        """
-        if self._spec.dim < x.shape[-1]:
-            x = x[..., : self._spec.dim]
-        wide = x.float()
-        if self._spec.interleaved:
-            torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(rotations)
-            if wide is not x:
-                x.copy_(wide)
-            return
-        half = self._spec.dim // 2
-        turned = torch.complex(wide[..., :half], wide[..., half:]).mul_(rotations)
-        x[..., :half] = turned.real
-        x[..., half:] = turned.imag
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotation of these positions: once a step."""
+        return Rotation(self._turns[positions], self._interleaved)
 
 
 def _frequencies(spec: RopeSpec, max_len: int) -> Tensor:

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.attention.reference import ReferenceAttention
 from engine.config import ModelError, RopeRule
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
@@ -91,9 +90,7 @@ class Loaded:
         admit = Admit(0, ids, len(ids), blocks, Sampling(), ())
         batch.apply(StepPlan(0, [], [admit], [], []))
         inputs = batch.inputs([Row(0, 0, 0, len(ids), samples=False)])
-        hidden = self.decoder.forward(
-            inputs.ids, positions.long(), cache.layers, inputs.attention, ReferenceAttention()
-        )
+        hidden = self.decoder.forward(inputs.ids, positions.long(), cache.layers, inputs.attention)
         return self.decoder.logits(hidden)
 
 

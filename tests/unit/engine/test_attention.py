@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from engine.attention.base import AttentionRule
-from engine.attention.reference import ReferenceAttention
 from engine.device.batch import Batch
 from engine.plan import Admit, Row, StepPlan
 from engine.protocol import Sampling
@@ -60,7 +59,6 @@ def test_equals_dense_attention(
     generator = torch.Generator().manual_seed(1)
     batch = Batch(3, 64, BLOCK, torch.device("cpu"), torch.float32, (0, 3, 5, 12))
     memory = torch.zeros(2 * KV_HEADS, 64, BLOCK, HEAD)
-    attention = ReferenceAttention()
     # Block numbers are shuffled, so that no test passes by accident of order.
     blocks = torch.randperm(64, generator=generator).view(4, 16).tolist()
     admits = [Admit(slot, [1], 1, blocks[slot], Sampling(), ()) for slot in range(3)]
@@ -72,7 +70,8 @@ def test_equals_dense_attention(
         total = sum(row.count for row in rows)
         q = torch.randn(total, HEADS, HEAD, generator=generator)
         k, v = torch.randn(2, total, KV_HEADS, HEAD, generator=generator)
-        out = attention.attend(q, torch.cat((k, v), 1), memory, inputs.attention, rule)
+        inputs.attention.store(torch.cat((q, k, v), 1), HEADS, memory, None)
+        out = inputs.attention.attend(q, memory, rule)
         for index, row in enumerate(rows):
             end = inputs.last[index] + 1
             span = slice(end - row.count, end)
