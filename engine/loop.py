@@ -129,6 +129,10 @@ class EngineLoop:
         """Whether another step has work; if not, the caller may wait for the next item."""
         return self._scheduler.busy or bool(self._launched)
 
+    def idle(self) -> bool:
+        """Use a quiet moment, while not `busy`; False once there is nothing to use it for."""
+        return self._runner.idle()
+
     def step(self, inbox: Sequence[Item]) -> Iterator[ToRouter]:
         """Apply `inbox`, then run one step.
 
@@ -217,12 +221,16 @@ def run(loop: EngineLoop, link: EngineLink) -> int:
     gc.freeze()
     gc.disable()
     steps = 0
+    postponed = True  # is there work for quiet moments?
     try:
         while loop.exit_code is None:
             if steps >= (_STEPS_PER_COLLECTION if loop.busy else 1):
                 gc.collect()
                 steps = 0
-            inbox = link.receive(0 if loop.busy else None)
+            inbox = link.receive(0 if loop.busy or postponed else None)
+            if not inbox and not loop.busy:
+                postponed = loop.idle()
+                continue
             for message in loop.step(inbox):
                 link.send(message)
             steps += 1

@@ -98,6 +98,16 @@ class Pending(Protocol):
 
 
 class RunnerLike(Protocol):
-    """What the loop needs of a device: `launch` queues the work and returns at once."""
+    """What the loop needs of a device: `launch` queues the work and returns at once.
+
+    No plan may be under way at a call of `idle`.
+    """
 
     def launch(self, plan: StepPlan) -> Pending: ...
+
+    def idle(self) -> bool:
+        """Do one piece, of a tenth of a second or so, of what waits for a quiet moment.
+
+        False once nothing is left.
+        """
+        ...

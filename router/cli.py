@@ -349,6 +349,7 @@ def _specs(
             kv_bytes=engine.kv_bytes,
             max_batch=options.max_batch,
             step_tokens=options.step_tokens,
+            overlap=0 if replica.device == "cpu" else 1,
             prefix_cache=options.prefix_cache,
             text_ids=_text_ids(source, models[replica.model]),
         )

@@ -127,6 +127,9 @@ class FakeRunner:
         size = self.limits.block_size
         self.marks = [[None] * size for _ in range(self.limits.num_blocks)]
 
+    def idle(self) -> bool:
+        return False
+
     def launch(self, plan: StepPlan) -> Ready:
         """Runs the whole step now: one stream is in order, so nobody can tell the difference."""
         assert plan.rows, "an empty step"

@@ -49,5 +49,5 @@ class StepAttention(Protocol):
         ...
 
     def attend(self, q: Tensor, layer_kv: Tensor, rule: AttentionRule) -> Tensor:
-        """After `store`: [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]."""
+        """After `store`: [num_tokens, num_heads, head_dim] -> [num_tokens, heads * head_dim]."""
         ...

@@ -19,9 +19,12 @@ from engine.device.encoding import build_encoder_device
 from engine.device.heap import giving_back
 from engine.device.kv import KvCache
 from engine.device.memory import num_blocks
-from engine.device.runner import Runner, warm_up
+from engine.device.runner import Runner
 from engine.device.threads import ThreadGovernor
+from engine.device.warm_up import warm_up
 from engine.device.weights import open_model
+from engine.kernels.base import Fused
+from engine.kernels.launch import has_triton
 from engine.models.base import Model, ModelShape
 from engine.models.encoder import is_encoder
 from engine.models.registry import (
@@ -35,7 +38,7 @@ from engine.models.registry import (
 )
 from engine.plan import RunnerLike
 from engine.protocol import Limits
-from engine.quant.methods import head_method, linear_method
+from engine.quant.methods import capturable, head_method, linear_method
 
 _WARM_UP_TOKENS = 63
 _DTYPES = {
@@ -58,16 +61,19 @@ def build_device(config: EngineConfig) -> Device:
     torch.set_num_threads(config.threads)
     device = compute_device(config.device)
     dtype = compute_dtype(config.dtype, device)
+    if device.type == "cuda":
+        # Graphs cannot be captured on the default stream; and it would wait for all others.
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     model_config, source = open_model(Path(config.model), config.load_format, device)
     with giving_back(), torch.inference_mode():
         method = linear_method(config.quant, device, dtype)
         head = head_method(config.quant, device, dtype)
-        target = Target(device, dtype, method, config.max_len, head)
+        target = Target(device, dtype, method, config.max_len, head, _fused(device))
         if is_encoder(model_config):
             built = Device(*build_encoder_device(config, model_config, source, target))
         else:
-            model, shape = _causal_model(config, model_config, source, target)
-            built = _with_memory(config, shape, model, target)
+            built = _causal_device(config, model_config, source, target)
     return built._replace(limits=replace(built.limits, load_s=time.monotonic() - began_s))
 
 
@@ -99,30 +105,48 @@ def compute_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _causal_model(
+def _fused(device: torch.device) -> Fused | None:
+    """Our own kernels, on a card and with a Triton to compile them."""
+    if device.type != "cuda" or not has_triton():
+        return None
+    from engine.kernels.fused import TritonKernels  # imports Triton
+
+    return TritonKernels()
+
+
+def _causal_device(
     config: EngineConfig, model_config: Mapping[str, Any], source: TensorSource, target: Target
-) -> tuple[Model, ModelShape]:
+) -> Device:
     """The generic decoder where it covers the architecture, else transformers' own classes."""
     if not is_native(model_config):
         from engine.device.fallback import load_fallback  # needs the optional transformers
 
-        return load_fallback(config, model_config, target)
+        return _with_memory(config, *load_fallback(config, model_config, target), target)
     spec = read_spec(model_config, config.rope_rule)
     served = target._replace(max_len=min(config.max_len or spec.max_len, spec.max_len))
     names, made_up = weight_names_of(model_config), config.load_format == "dummy"
     model = build_decoder(spec, names, source, served, made_up=made_up)
-    return model, shape_of(spec)
+    graphs = capturable(config.quant) and spec.experts is None
+    return _with_memory(config, model, shape_of(spec), target, graphs=graphs)
 
 
-def _with_memory(config: EngineConfig, shape: ModelShape, model: Model, target: Target) -> Device:
-    device, dtype = target.device, target.dtype
+def _with_memory(
+    config: EngineConfig,
+    model: Model,
+    shape: ModelShape,
+    target: Target,
+    *,
+    graphs: bool | None = None,
+) -> Device:
+    """`graphs` tells whether a model of our own kernels can be captured; None: it has none."""
     max_len = min(config.max_len or shape.max_len, shape.max_len)
-    block_bytes = config.block_size * shape.kv_bytes_per_token(dtype.itemsize)
+    block_bytes = config.block_size * shape.kv_bytes_per_token(target.dtype.itemsize)
     blocks = num_blocks(config, block_bytes, max_len)
-    cache = KvCache(shape, blocks, config.block_size, dtype, device)
-    batch = Batch(config.max_batch, max_len, config.block_size, device, dtype, shape.windows)
-    threads = ThreadGovernor(config.threads)
-    runner = Runner(model, cache, batch, threads, config.text_ids)
+    sizes = _Sizes(max_len, blocks)
+    if graphs is None or target.fused is None:
+        runner, kv_bytes = _reference_runner(config, shape, model, target, sizes)
+    else:
+        runner, kv_bytes = _gpu_runner(config, shape, model, target, sizes, graphs=graphs)
     warm_up(runner, min(_WARM_UP_TOKENS, max_len - 1, blocks * config.block_size - 1), config)
     limits = Limits(
         max_len=max_len,
@@ -131,10 +155,60 @@ def _with_memory(config: EngineConfig, shape: ModelShape, model: Model, target: 
         num_blocks=blocks,
         max_batch=config.max_batch,
         weights_bytes=model.nbytes,
-        kv_bytes=cache.nbytes,
+        kv_bytes=kv_bytes,
         device=config.device,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(target.dtype).removeprefix("torch."),
         embedding_size=shape.hidden_size,
         quant=config.quant,
     )
     return Device(runner, limits)
+
+
+class _Sizes(NamedTuple):
+    max_len: int
+    num_blocks: int
+
+
+def _reference_runner(
+    config: EngineConfig, shape: ModelShape, model: Model, target: Target, sizes: _Sizes
+) -> tuple[RunnerLike, int]:
+    """Plain torch on any device, and the bytes of its KV cache."""
+    device, dtype, block_size = target.device, target.dtype, config.block_size
+    cache = KvCache(shape, sizes.num_blocks, block_size, dtype, device)
+    batch = Batch(config.max_batch, sizes.max_len, block_size, device, dtype, shape.windows)
+    runner = Runner(model, cache, batch, ThreadGovernor(config.threads), config.text_ids)
+    return runner, cache.nbytes
+
+
+def _gpu_runner(
+    config: EngineConfig,
+    shape: ModelShape,
+    model: Model,
+    target: Target,
+    sizes: _Sizes,
+    *,
+    graphs: bool,
+) -> tuple[RunnerLike, int]:
+    """Our own kernels on a card, and the bytes of their KV cache."""
+    from engine.attention.paged_prefill import prefill_tile  # imports Triton, as do the others
+    from engine.device.gpu_batch import GpuBatch
+    from engine.device.gpu_runner import GpuRunner, RunnerSettings
+
+    device, block_size = target.device, config.block_size
+    cache = KvCache(shape, sizes.num_blocks + 1, block_size, target.dtype, device)
+    properties = torch.cuda.get_device_properties(device)
+    compute = (properties.major, properties.minor)
+    settings = RunnerSettings(
+        device=device,
+        multiprocessors=properties.multi_processor_count,
+        max_batch=config.max_batch,
+        max_len=sizes.max_len,
+        block_size=block_size,
+        pad_kv_slot=sizes.num_blocks * block_size,
+        long_tile=prefill_tile(shape.head_dim, target.dtype, compute),
+        text_ids=config.text_ids,
+        graphs=graphs,
+    )
+    tile, step_tokens = settings.long_tile, max(config.step_tokens, config.max_batch)
+    batch = GpuBatch(config.max_batch, sizes.max_len, step_tokens, block_size, tile, device)
+    return GpuRunner(model, shape, cache, batch, settings), cache.nbytes

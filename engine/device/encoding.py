@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.device.pooling import SlotPooling
 from engine.device.runner import Done
+from engine.device.sampling import wait_for
 from engine.device.threads import ThreadGovernor
 from engine.models.encoder import Encoder, TextGroup, build_encoder, read_encoder_spec
 from engine.models.registry import Target, TensorSource
@@ -52,6 +53,10 @@ class EncoderRunner:
             torch.set_num_threads(after)
         return done
 
+    def idle(self) -> bool:
+        """Nothing is left for quiet moments."""
+        return False
+
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> Sampled:
         self._pooling.admit(plan.admits)
@@ -68,7 +73,11 @@ class EncoderRunner:
         for index, length in zip(order, lengths, strict=True):
             end += length
             last[index] = end - 1
-        embeddings, failed = self._pooling.add(plan.rows, last, hidden, lambda states: states)
+        pooled = self._pooling.add(plan.rows, last, hidden, lambda states: states)
+        if pooled is None:
+            return Sampled([], {}, {}, {})
+        wait_for(self._device)
+        embeddings, failed = pooled.read()
         return Sampled([], {}, {}, failed, embeddings)
 
 

@@ -14,7 +14,10 @@ from engine.plan import Copy
 
 
 class KvCache:
-    """`layers[i]` is [2 * kv_heads, num_blocks, block_size, head_dim]: key heads, value heads."""
+    """`layers[i]` is [2 * kv_heads, num_blocks, block_size, head_dim]: key heads, value heads.
+
+    All layers are one allocation, so that a block is copied in all of them at once.
+    """
 
     def __init__(
         self,
@@ -24,19 +27,20 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        sizes = (2 * shape.kv_heads, num_blocks, block_size, shape.head_dim)
-        self.layers: list[Tensor] = [_zeros(sizes, dtype, device) for _ in range(shape.num_layers)]
+        sizes = (shape.num_layers, 2 * shape.kv_heads, num_blocks, block_size, shape.head_dim)
+        self._memory = _zeros(sizes, dtype, device)
+        self.layers: list[Tensor] = list(self._memory.unbind())
 
     @property
     def nbytes(self) -> int:
         """Memory held, all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return self._memory.nbytes
 
     def copy(self, copies: list[Copy]) -> None:
         """Copies the first tokens of blocks into others, as planned."""
         for copy in copies:
-            for layer in self.layers:
-                layer[:, copy.target, : copy.count] = layer[:, copy.source, : copy.count]
+            source = self._memory[:, :, copy.source, : copy.count]
+            self._memory[:, :, copy.target, : copy.count] = source
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

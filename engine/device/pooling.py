@@ -7,10 +7,12 @@ anew, so that a sequence that was preempted begins again at its first token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.device.sampling import to_host
 from engine.plan import Admit, Row
 from engine.protocol import Pooling
 
@@ -39,6 +41,28 @@ class _Vector:
                     self.value = final(hidden[-1:])[0].float()
 
 
+class Pooled(NamedTuple):
+    """Complete vectors on their way to the host, float32 [len(poolings), hidden_size]."""
+
+    poolings: dict[int, Pooling]
+    values: Tensor
+
+    def read(self) -> tuple[dict[int, bytes], dict[int, str]]:
+        """Embeddings, cut and scaled as asked, and what failed. No earlier than the step's end."""
+        embeddings: dict[int, bytes] = {}
+        failed: dict[int, str] = {}
+        for (index, pooling), value in zip(self.poolings.items(), self.values, strict=True):
+            if pooling.dimensions:
+                value = value[: pooling.dimensions]
+            if pooling.normalize:  # in float64: no square of a float32 is too large for it
+                value = torch.nn.functional.normalize(value.double(), dim=0).float()
+            if torch.isfinite(value).all():
+                embeddings[index] = value.numpy().astype("<f4").tobytes()
+            else:
+                failed[index] = "the model produced no finite embedding"
+        return embeddings, failed
+
+
 class SlotPooling:
     """The vectors of all slots that want one."""
 
@@ -59,8 +83,8 @@ class SlotPooling:
         last: Sequence[int],
         hidden: Tensor,
         final: Callable[[Tensor], Tensor],
-    ) -> tuple[dict[int, bytes], dict[int, str]]:
-        """One step: the embeddings that are complete, and what failed, by index into `rows`.
+    ) -> Pooled | None:
+        """One step: the vectors that are complete, if any; their numbers are indices into `rows`.
 
         `hidden` is [num_tokens, hidden_size], row i's last token at `last[i]` of it; `final` turns
         rows of it into the states that embeddings are made of.
@@ -75,23 +99,7 @@ class SlotPooling:
             if row.start + row.count == vector.length:
                 done[index] = self._vectors.pop(row.slot)
         if not done:
-            return {}, {}
-        return _finish(done)
-
-
-def _finish(done: dict[int, _Vector]) -> tuple[dict[int, bytes], dict[int, str]]:
-    """One transfer for all of them, then each is cut and scaled."""
-    values = [vector.value for vector in done.values() if vector.value is not None]
-    embeddings: dict[int, bytes] = {}
-    failed: dict[int, str] = {}
-    for (index, vector), value in zip(done.items(), torch.stack(values).cpu(), strict=True):
-        pooling = vector.pooling
-        if pooling.dimensions:
-            value = value[: pooling.dimensions]
-        if pooling.normalize:  # in float64: no square of a float32 is too large for it
-            value = torch.nn.functional.normalize(value.double(), dim=0).float()
-        if torch.isfinite(value).all():
-            embeddings[index] = value.numpy().astype("<f4").tobytes()
-        else:
-            failed[index] = "the model produced no finite embedding"
-    return embeddings, failed
+            return None
+        values = [vector.value for vector in done.values() if vector.value is not None]
+        poolings = {index: vector.pooling for index, vector in done.items()}
+        return Pooled(poolings, to_host(torch.stack(values)))

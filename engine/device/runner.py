@@ -12,15 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
 from engine.device.pooling import SlotPooling
-from engine.device.sampling import SlotSampling, sample, token_logprobs
+from engine.device.sampling import Scores, SlotSampling, sample, score, wait_for
 from engine.device.threads import ThreadGovernor
 from engine.models.base import Model
-from engine.plan import Admit, Pending, Row, Sampled, StepPlan, TokenLogprobs
-from engine.protocol import Sampling
+from engine.plan import Pending, Row, Sampled, StepPlan, TokenLogprobs
 
 # Prompt logits are computed for so many positions at a time: 64 rows of 150k floats are 39 MB.
 _PROMPT_LOGIT_ROWS = 64
@@ -65,6 +63,10 @@ class Runner:
             torch.set_num_threads(after)
         return done
 
+    def idle(self) -> bool:
+        """Nothing is left for quiet moments."""
+        return False
+
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> Done:
         self._cache.copy(plan.copies)
@@ -75,12 +77,16 @@ class Runner:
         hidden = self._model.forward(
             inputs.ids, inputs.positions, self._cache.layers, inputs.attention
         )
-        prompt_logprobs = {
-            i: scored
+        prompt_scores = {
+            i: parts
             for i, row in enumerate(rows)
-            if (scored := self._score_prompt(row, hidden, inputs.last[i])) is not None
+            if (parts := self._score_prompt(row, hidden, inputs.last[i]))
         }
-        embeddings, failed = self._pooling.add(rows, inputs.last, hidden, self._model.last_hidden)
+        pooled = self._pooling.add(rows, inputs.last, hidden, self._model.last_hidden)
+        if prompt_scores or pooled is not None:
+            wait_for(hidden.device)
+        prompt_logprobs = {i: Scores.join(parts) for i, parts in prompt_scores.items()}
+        embeddings, failed = ({}, {}) if pooled is None else pooled.read()
         sampling = [i for i, row in enumerate(rows) if row.samples]
         if not sampling:
             return Done(Sampled([], {}, prompt_logprobs, failed, embeddings))
@@ -118,43 +124,28 @@ class Runner:
         tokens = sample(logits, slots, known)
         where = torch.tensor([row.slot for row in rows], device=logits.device)
         token_rows[where, torch.tensor(ends, device=logits.device)] = tokens
-        logprobs = {
-            i: token_logprobs(raw[i], tokens[i : i + 1], slots[i].params.logprobs) for i in scored
-        }
-        return tokens.tolist(), logprobs, failed
+        scores = {i: score(raw[i], tokens[i : i + 1], slots[i].params.logprobs) for i in scored}
+        chosen = tokens.tolist()
+        wait_for(logits.device)
+        return chosen, {i: found.read() for i, found in scores.items()}, failed
 
-    def _score_prompt(self, row: Row, hidden: Tensor, last: int) -> TokenLogprobs | None:
+    def _score_prompt(self, row: Row, hidden: Tensor, last: int) -> list[Scores]:
         """Log-probabilities of the prompt tokens that follow this row's positions, if asked."""
         slot = self._slot(row)
         rivals = slot.params.prompt_logprobs
         end = min(row.start + row.count, slot.num_prompt - 1)
         if rivals < 0 or end <= row.start:
-            return None
+            return []
         first = last - row.count + 1
-        chosen: list[float] = []
-        top: list[list[tuple[int, float]]] = []
+        parts: list[Scores] = []
         for at in range(row.start, end, _PROMPT_LOGIT_ROWS):
             until = min(at + _PROMPT_LOGIT_ROWS, end)
             logits = self._model.logits(hidden[first + at - row.start : first + until - row.start])
             targets = self._batch.tokens[row.slot, at + 1 : until + 1]
-            part = token_logprobs(logits, targets, rivals)
-            chosen += part.chosen
-            top += part.top
-        return TokenLogprobs(chosen, top)
+            parts.append(score(logits, targets, rivals))
+        return parts
 
     def _slot(self, row: Row) -> SlotSampling:
         slot = self._batch.sampling[row.slot]
         assert slot is not None, f"row of slot {row.slot}, which was never admitted"
         return slot
-
-
-def warm_up(runner: Runner, num_tokens: int, config: EngineConfig) -> None:
-    """Runs a prompt and a decode step: the first request must not pay for kernels and pages.
-
-    What it leaves in slot 0 and in the first blocks is overwritten before anything reads it.
-    """
-    blocks = list(range(-(-(num_tokens + 1) // config.block_size)))
-    admit = Admit(0, [0] * num_tokens, num_tokens, blocks, Sampling(temperature=0.0), ())
-    prompt = Row(slot=0, id=0, start=0, count=num_tokens, samples=True)
-    runner.launch(StepPlan(0, [prompt], [admit], [], [])).result()
-    runner.launch(StepPlan(0, [Row(0, 0, num_tokens, 1, samples=True)], [], [], [])).result()

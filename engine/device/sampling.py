@@ -7,8 +7,6 @@ penalties on the raw logits, then temperature, min-p, top-k, top-p.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from typing import NamedTuple
 
 import torch
@@ -20,10 +18,12 @@ from engine.protocol import Sampling
 # Below this temperature the answer is the greedy one (and the division would overflow).
 _GREEDY_BELOW = 1e-5
 # Constants of splitmix64, as signed 64-bit integers.
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_GAMMA = 0x9E3779B97F4A7C15
+_GOLDEN_GAMMA = _GAMMA - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _INT64_MAX = (1 << 63) - 1
+_UINT64_MAX = (1 << 64) - 1
 # Candidates that are sorted for top-p before the whole vocabulary is.
 _TOP_P_WINDOW = 256
 
@@ -93,15 +93,20 @@ def edit_logits(logits: Tensor, slot: SlotSampling, known: Tensor) -> None:
     if slot.bias is not None and slot.bias_ids is not None:
         logits.index_add_(0, slot.bias_ids, slot.bias)
     if params.repetition_penalty != 1.0:
-        seen = torch.unique(known)
-        values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits.copy_(torch.where(_counts(known, logits) > 0, penalized, logits))
     if (params.presence_penalty or params.frequency_penalty) and generated.numel():
-        seen, counts = torch.unique(generated, return_counts=True)
-        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = _counts(generated, logits)
+        logits.sub_(params.presence_penalty * (counts > 0) + params.frequency_penalty * counts)
     if slot.stop_ids is not None and generated.numel() < params.min_new:
         logits[slot.stop_ids] = float("-inf")
+
+
+def _counts(tokens: Tensor, logits: Tensor) -> Tensor:
+    """How often each id occurs, like `logits`; found without waiting for the device."""
+    ones = logits.new_ones(1).expand(len(tokens))
+    return torch.zeros_like(logits).index_add_(0, tokens, ones)
 
 
 def _draw(logits: Tensor, slots: list[SlotSampling], known: list[Tensor]) -> Tensor:
@@ -146,9 +151,20 @@ def _keep_top(probabilities: Tensor, params: Sampling) -> None:
 
 
 def noise_key(seed: int, position: int) -> int:
-    """64 bits for one token's noise, as a signed integer: a hash of (seed, position)."""
-    digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    """64 bits for one token's noise, as a signed integer: a hash of (seed, position).
+
+    Arithmetic that a kernel does as well: `engine.kernels.sampler` draws the same noise.
+    """
+    key = _mixed(_mixed(seed + _GAMMA) + position + 1)
+    return key - (1 << 64) if key >> 63 else key
+
+
+def _mixed(z: int) -> int:
+    """splitmix64's finaliser, of the last 64 bits."""
+    z &= _UINT64_MAX
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _UINT64_MAX
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _UINT64_MAX
+    return z ^ (z >> 31)
 
 
 def exponentials(keys: Tensor, vocab: int) -> Tensor:
@@ -166,13 +182,48 @@ def exponentials(keys: Tensor, vocab: int) -> Tensor:
     return uniform.neg_().log1p_().neg_().clamp_(min=1e-30)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, rivals: int) -> TokenLogprobs:
+class Scores(NamedTuple):
+    """Log-probabilities on their way to the host: to be read once the device has been waited for.
+
+    `chosen` float32 [n]; of the best rivals `values` float32 and `ids` int64, both [n, rivals].
+    """
+
+    chosen: Tensor
+    values: Tensor | None
+    ids: Tensor | None
+
+    def read(self) -> TokenLogprobs:
+        """The numbers. No earlier than when the step is done."""
+        chosen = self.chosen.tolist()
+        if self.values is None or self.ids is None:
+            return TokenLogprobs(chosen, [[] for _ in chosen])
+        pairs = zip(self.ids.tolist(), self.values.tolist(), strict=True)
+        return TokenLogprobs(chosen, [list(zip(i, v, strict=True)) for i, v in pairs])
+
+    @staticmethod
+    def join(parts: list[Scores]) -> TokenLogprobs:
+        """The numbers of consecutive parts as one."""
+        read = [part.read() for part in parts]
+        chosen = [value for part in read for value in part.chosen]
+        return TokenLogprobs(chosen, [rivals for part in read for rivals in part.top])
+
+
+def score(logits: Tensor, tokens: Tensor, rivals: int) -> Scores:
     """Log-probabilities of chosen tokens and their `rivals` best, from raw logits [n, vocab]."""
     scale = logits.logsumexp(-1, keepdim=True)
-    chosen = (logits.gather(-1, tokens[:, None]) - scale).squeeze(-1)
+    chosen = (logits.gather(-1, tokens[:, None].long()) - scale).squeeze(-1)
     if rivals <= 0:
-        return TokenLogprobs(chosen.tolist(), [[] for _ in range(len(chosen))])
+        return Scores(to_host(chosen), None, None)
     best = logits.topk(min(rivals, logits.shape[-1]), -1)
-    values, ids = (best.values - scale).tolist(), best.indices.tolist()
-    top = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-    return TokenLogprobs(chosen.tolist(), top)
+    return Scores(to_host(chosen), to_host(best.values - scale), to_host(best.indices))
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the work queued so far is done, copies of `to_host` included."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def to_host(values: Tensor) -> Tensor:
+    """A copy in main memory, complete once the work queued so far is; itself if it is there."""
+    return values.to("cpu", non_blocking=True)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.base import AttentionRule, StepAttention
-from engine.models.parts import Experts, GatedMlp, RmsNorm, Rope
+from engine.kernels.base import Fused
+from engine.models.parts import Experts, GatedMlp, RmsNorm, Rope, normed
 from engine.models.spec import ModelSpec
 from engine.quant.base import Linear
 
@@ -48,9 +49,17 @@ class Ends(NamedTuple):
 class Decoder:
     """See `engine.models.base.Model`."""
 
-    def __init__(self, spec: ModelSpec, ends: Ends, layers: list[Layer], max_len: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ends: Ends,
+        layers: list[Layer],
+        max_len: int,
+        fused: Fused | None = None,
+    ) -> None:
         """`max_len` is the longest context that will be served."""
         self._spec = spec
+        self._fused = fused
         self._ends = ends
         self._layers = layers
         self._ropes = [Rope(rope, max_len, ends.embedding.device) for rope in spec.ropes]
@@ -77,18 +86,23 @@ class Decoder:
         """See `engine.models.base.Model`: hidden states before the final norm."""
         spec = self._spec
         rotations = [rope.at(positions) for rope in self._ropes]
-        hidden = F.embedding(ids, self._ends.embedding)
-        if self._embedding_scale != 1.0:
-            hidden = hidden.mul_(self._embedding_scale)
+        hidden = self._embed(ids)
         steps = zip(self._layers, spec.layers, self._rules, kv, strict=True)
         for layer, layer_spec, rule, layer_kv in steps:
             rotation = None if layer_spec.rope < 0 else rotations[layer_spec.rope]
             qkv = self._project(layer, hidden)
             attention.store(qkv, spec.num_heads, layer_kv, rotation)
             mixed = attention.attend(qkv[:, : spec.num_heads], layer_kv, rule)
-            hidden = self._add(layer.output, mixed, hidden, layer.attention_post_norm)
-            normed = hidden if layer.mlp_norm is None else layer.mlp_norm(hidden)
-            hidden = self._add(layer.mlp, normed, hidden, layer.mlp_post_norm)
+            if layer.attention_post_norm is None and spec.residual_scale == 1.0:
+                hidden = layer.output.add(mixed, hidden)
+            else:
+                mixed = layer.output(mixed)
+                hidden = self._added(mixed, hidden, layer.attention_post_norm)
+            if layer.mlp_post_norm is None and spec.residual_scale == 1.0:
+                hidden = layer.mlp.add(hidden, hidden, layer.mlp_norm)
+            else:
+                mixed = layer.mlp(hidden, layer.mlp_norm)
+                hidden = self._added(mixed, hidden, layer.mlp_post_norm)
         return hidden
 
     def last_hidden(self, hidden: Tensor) -> Tensor:
@@ -97,7 +111,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `engine.models.base.Model`."""
-        logits = self._ends.head(self._ends.norm(hidden)).float()
+        logits = normed(self._ends.head, self._ends.norm, hidden).float()
         if self._spec.logit_scale != 1.0:
             logits = logits.mul_(self._spec.logit_scale)
         cap = self._spec.logit_softcap
@@ -106,9 +120,9 @@ class Decoder:
     def _project(self, layer: Layer, hidden: Tensor) -> Tensor:
         """Packed queries, keys and values [n, num_heads + 2 * kv_heads, head_dim]."""
         spec = self._spec
-        normed = hidden if layer.attention_norm is None else layer.attention_norm(hidden)
         queries, rotated = spec.num_heads, spec.num_heads + spec.kv_heads
-        qkv = layer.qkv(normed).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        qkv = normed(layer.qkv, layer.attention_norm, hidden)
+        qkv = qkv.view(-1, rotated + spec.kv_heads, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             self._norm_(qkv[:, :queries], layer.q_norm)
             self._norm_(qkv[:, queries:rotated], layer.k_norm)
@@ -120,12 +134,13 @@ class Decoder:
         else:
             heads.copy_(norm(heads))
 
-    def _add(
-        self, part: Linear | GatedMlp | Experts, x: Tensor, residual: Tensor, norm: RmsNorm | None
-    ) -> Tensor:
-        """residual + part(x), which is normed and scaled first where the model does so."""
-        if norm is None and self._spec.residual_scale == 1.0:
-            return part.add(x, residual)
-        y = part(x)
+    def _embed(self, ids: Tensor) -> Tensor:
+        if self._fused is not None:
+            return self._fused.embed(ids, self._ends.embedding, self._embedding_scale)
+        hidden = F.embedding(ids, self._ends.embedding)
+        return hidden if self._embedding_scale == 1.0 else hidden.mul_(self._embedding_scale)
+
+    def _added(self, y: Tensor, residual: Tensor, norm: RmsNorm | None) -> Tensor:
+        """residual + y, which is normed and scaled first where the model does so."""
         y = y if norm is None else norm(y)
         return residual.add_(y, alpha=self._spec.residual_scale)

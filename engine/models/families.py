@@ -13,9 +13,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from engine.config import ModelError
+from engine.kernels.base import Activation
 from engine.models.config_keys import ConfigKeys
 from engine.models.rope_keys import read_rope
-from engine.models.spec import Activation, ExpertsSpec, LayerSpec, ModelSpec
+from engine.models.spec import ExpertsSpec, LayerSpec, ModelSpec
 
 Reader = Callable[[Mapping[str, Any]], ModelSpec]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelError, RopeRule
+from engine.kernels.base import Fused
 from engine.models import families, names
 from engine.models.base import ModelShape
 from engine.models.decoder import Decoder, Ends, Layer
@@ -67,6 +68,7 @@ class Target(NamedTuple):
     """Where and as what weights are put; contexts up to `max_len` (0: the model's own limit).
 
     `head_method` is the one of the output layer, `method` that of all others (and of it, if None).
+    `fused` are the device's own kernels for what lies between the linear layers.
     """
 
     device: torch.device
@@ -74,6 +76,7 @@ class Target(NamedTuple):
     method: LinearMethod
     max_len: int = 0
     head_method: LinearMethod | None = None
+    fused: Fused | None = None
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -185,7 +188,8 @@ class _Builder:
         head = own_head or self._head(embedding)
         layers = [self._layer(index, layer) for index, layer in enumerate(spec.layers)]
         ends = Ends(embedding, self._norm(at.norm, spec.hidden_size), head)
-        return Decoder(spec, ends, layers, self._target.max_len or spec.max_len)
+        max_len = self._target.max_len or spec.max_len
+        return Decoder(spec, ends, layers, max_len, self._target.fused)
 
     def _head(self, weight: Tensor) -> Linear:
         return (self._target.head_method or self._target.method)(weight, None)
@@ -218,7 +222,7 @@ class _Builder:
         ffn, hidden = spec.ffn_size, spec.hidden_size
         gate_up = self._packed(prefix, at.gate_up, (ffn, ffn), spec.mlp_bias)
         down = self._linear(prefix + at.down, (hidden, ffn), spec.mlp_bias)
-        return GatedMlp(gate_up, down, spec.activation)
+        return GatedMlp(gate_up, down, spec.activation, self._target.fused)
 
     def _experts(self, prefix: str) -> Experts:
         spec, at, experts = self._spec, self._names, self._spec.experts
@@ -230,7 +234,7 @@ class _Builder:
             inner = prefix + at.expert.format(number)
             gate_up = self._packed(inner, at.expert_gate_up, (ffn, ffn), spec.mlp_bias)
             down = self._linear(inner + at.expert_down, (hidden, ffn), spec.mlp_bias)
-            mlps.append(GatedMlp(gate_up, down, spec.activation))
+            mlps.append(GatedMlp(gate_up, down, spec.activation, self._target.fused))
         return Experts(router, mlps, experts)
 
     def _packed(
@@ -252,7 +256,7 @@ class _Builder:
 
     def _norm(self, name: str, size: int) -> RmsNorm:
         weight = self._read(f"{name}.weight", size)
-        return RmsNorm(weight, self._spec.norm_eps, self._spec.norm_offset)
+        return RmsNorm(weight, self._spec.norm_eps, self._spec.norm_offset, self._target.fused)
 
     def _read(self, name: str, *shape: int) -> Tensor:
         return self._source.get(name, shape).to(self._target.device, self._target.dtype)

@@ -10,9 +10,10 @@ from typing import Literal
 
 import msgspec
 
+from engine.kernels.base import Activation
+
 RopeScaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
 QkNorm = Literal["none", "head", "all"]
-Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from engine.config import ModelError, QuantName
-from engine.quant.base import DenseLinear, LinearMethod
+from engine.quant.base import LinearMethod
 from engine.quant.bnb import bnb_method
+from engine.quant.dense_gpu import dense_gpu_method
 from engine.quant.int8 import int8_method
 from engine.quant.packed import cpu_method
 
@@ -15,13 +16,18 @@ def linear_method(quant: QuantName, device: torch.device, dtype: torch.dtype) ->
     """Raises `ModelError` for a kind that this machine cannot do."""
     match quant:
         case "none":
-            return cpu_method(dtype) if device.type == "cpu" else DenseLinear
+            return cpu_method(dtype) if device.type == "cpu" else dense_gpu_method(device, dtype)
         case "int8":
             return int8_method(device)
         case "bnb-int8" | "nf4":
             return bnb_method(quant)
         case "fp8":
             raise ModelError("quant 'fp8' is not built in yet: take int8, bnb-int8 or nf4")
+
+
+def capturable(quant: QuantName) -> bool:
+    """Whether a forward pass can be recorded as a CUDA graph: bitsandbytes looks at its results."""
+    return quant in ("none", "int8")
 
 
 def head_method(quant: QuantName, device: torch.device, dtype: torch.dtype) -> LinearMethod:

@@ -40,6 +40,9 @@ class FakeEncoder:
     failing: set[int] = field(default_factory=set)
     plans: list[StepPlan] = field(default_factory=list)
 
+    def idle(self) -> bool:
+        return False
+
     def launch(self, plan: StepPlan) -> Ready:
         assert plan.step == len(self.plans) + 1
         self.plans.append(plan)

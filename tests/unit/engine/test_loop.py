@@ -53,6 +53,9 @@ class Recorded:
     s_per_token: float = 0.0
     result_s: float = 0.0  # spent when a result is waited for
 
+    def idle(self) -> bool:
+        return False
+
     def launch(self, plan: StepPlan) -> Pending:
         self.log.append(f"launch {plan.step}")
         self.now_s += self.step_s + self.s_per_token * sum(row.count for row in plan.rows)

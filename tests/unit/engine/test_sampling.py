@@ -13,7 +13,7 @@ from engine.device.sampling import (
     exponentials,
     noise_key,
     sample,
-    token_logprobs,
+    score,
 )
 from engine.plan import Admit
 from engine.protocol import Sampling
@@ -173,8 +173,8 @@ def test_rounding_errors_of_the_logits_change_no_seeded_text() -> None:
 def test_logprobs_are_of_the_raw_logits() -> None:
     scores = logits(rows=2)
     tokens = torch.tensor([3, 4])
-    got = token_logprobs(scores, tokens, 2)
+    got = score(scores, tokens, 2).read()
     want = torch.log_softmax(scores, -1)
     assert torch.allclose(torch.tensor(got.chosen), want[[0, 1], tokens], atol=1e-6)
     assert [[token for token, _ in row] for row in got.top] == scores.topk(2).indices.tolist()
-    assert token_logprobs(scores, tokens, 0).top == [[], []]
+    assert score(scores, tokens, 0).read().top == [[], []]
