@@ -3,9 +3,9 @@
     python -m bench.gpu_steps --model FOLDER [--rows 1,8,32,64,128,256] [--prompts 32,512,2048]
 
 Owns the measurement of steps without router and sockets: made-up weights of a real shape, plans
-made by hand, launched one ahead as the engine's loop does. For each step: milliseconds, the host's share
-of them, and kernel by kernel microseconds from torch's profiler, beside the bytes that must be read
-at 3.07 TB/s. Needs a CUDA device.
+made by hand, launched one ahead as the engine's loop does. For each step: milliseconds, the host's
+share of them, and kernel by kernel microseconds from torch's profiler, beside the bytes that must
+be read at 3.07 TB/s. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ STEPS, WARM_STEPS, PROFILED = 40, 6, 4
 class Bench:
     """One engine's device, and sequences of made-up tokens in it."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, profiled: bool) -> None:
         self._device = device
+        self._profiled = profiled
         self._size = device.limits.block_size
         self._random = random.Random(1)
         self._step = 0
@@ -143,6 +144,8 @@ class Bench:
         print(f"mixed {decodes} + {tokens}: {step_s * 1e3:.2f} ms, {token_us:.2f} us a token")
 
     def profile(self, run: object, steps: int) -> None:
+        if not self._profiled:
+            return
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             run()  # type: ignore[operator]
             torch.cuda.synchronize()
@@ -165,6 +168,8 @@ def main() -> int:
     parser.add_argument("--prompts", default="32,512,2048")
     parser.add_argument("--mixed", default="64x256,64x448,128x384,128x512,128x896")
     parser.add_argument("--context", type=int, default=576)
+    parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--captured", action="store_true", help="all usual graphs first")
     options = parser.parse_args()
     began_s = time.monotonic()
     config = EngineConfig(
@@ -182,7 +187,11 @@ def main() -> int:
     )
     device = build_device(config)
     print(f"built in {time.monotonic() - began_s:.1f} s", flush=True)
-    bench = Bench(device)
+    if options.captured:
+        while device.runner.idle():
+            pass
+        print(f"captured after {time.monotonic() - began_s:.1f} s", flush=True)
+    bench = Bench(device, profiled=not options.no_profile)
     for count in filter(None, options.prompts.split(",")):
         bench.prompt(int(count))
     for count in filter(None, options.rows.split(",")):

@@ -45,6 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_bytes: int = 0  # memory for the KV cache, 0 = decide
     max_batch: int = 64  # sequences running at once
     step_tokens: int = 512  # token budget of one step, decode rows included
+    mixed_tokens: int = 0  # the same for a step in which sequences decode, 0 = step_tokens
     prefix_cache: bool = True
     overlap: int = 0  # steps the host may run ahead: 0 or 1
     text_ids: int = 0  # ids from here on have no text and are never sampled; 0 = all have one

@@ -40,6 +40,8 @@ _STEPS_PER_COLLECTION = 10_000
 _LONG_STEP_S = 5.0
 # A step of this length is not felt by running streams: background work may fill it up.
 _SMOOTH_STEP_S = 0.05
+# After so long without a message or work, what waits for a quiet moment is done.
+_QUIET_S = 0.25
 _SHORTEST_STEP_S = 1e-5  # what a clock may show as nothing
 
 
@@ -221,16 +223,18 @@ def run(loop: EngineLoop, link: EngineLink) -> int:
     gc.freeze()
     gc.disable()
     steps = 0
-    postponed = True  # is there work for quiet moments?
+    quiet_s: float | None = _QUIET_S  # None: nothing is left for quiet moments
     try:
         while loop.exit_code is None:
             if steps >= (_STEPS_PER_COLLECTION if loop.busy else 1):
                 gc.collect()
                 steps = 0
-            inbox = link.receive(0 if loop.busy or postponed else None)
+            inbox = link.receive(0 if loop.busy else quiet_s)
             if not inbox and not loop.busy:
-                postponed = loop.idle()
+                # A pause between two requests is not quiet: the next one should not have to wait.
+                quiet_s = 0 if loop.idle() else None
                 continue
+            quiet_s = quiet_s if quiet_s is None else _QUIET_S
             for message in loop.step(inbox):
                 link.send(message)
             steps += 1

@@ -79,7 +79,13 @@ def build_scheduler(config: EngineConfig, limits: Limits) -> SchedulerLike:
         return EncoderScheduler(limits, step_tokens=config.step_tokens, epoch=config.epoch)
     index = PrefixIndex(os.urandom(32)) if config.prefix_cache else None
     pool = BlockPool(limits.num_blocks, limits.block_size, index)
-    return Scheduler(pool, limits, step_tokens=config.step_tokens, epoch=config.epoch)
+    return Scheduler(
+        pool,
+        limits,
+        step_tokens=config.step_tokens,
+        mixed_tokens=config.mixed_tokens,
+        epoch=config.epoch,
+    )
 
 
 def serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> int:

@@ -6,6 +6,7 @@ Owns nothing. Must not know pool, queues or clock.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from engine.request import Sequence
 
@@ -42,6 +43,32 @@ def pick_victim(candidates: Iterable[Sequence]) -> Sequence:
     Nobody can be overtaken for ever: the first in order is never a victim while others run.
     """
     return max(candidates, key=admission_order)
+
+
+class StepSizes(NamedTuple):
+    """Tokens that one step may compute, decode rows included.
+
+    `alone` with no sequence decoding; else `shared`, which keeps the pauses between tokens short
+    and is large enough that reading the weights costs no more than computing; `crowded` when more
+    than `backlog` tokens of prompts wait.
+    """
+
+    alone: int
+    shared: int
+    crowded: int
+    backlog: int
+
+    @staticmethod
+    def of(step_tokens: int, mixed_tokens: int) -> StepSizes:
+        """`mixed_tokens` 0: all steps may have `step_tokens`."""
+        shared = min(mixed_tokens or step_tokens, step_tokens)
+        return StepSizes(step_tokens, shared, min(2 * shared, step_tokens), 4 * shared)
+
+    def limit(self, decode_rows: int, waiting_tokens: int) -> int:
+        """Most tokens of the next step."""
+        if decode_rows == 0:
+            return self.alone
+        return self.crowded if waiting_tokens > self.backlog else self.shared
 
 
 def split_chunk(left: int, budget: int) -> int:

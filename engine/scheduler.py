@@ -33,7 +33,14 @@ from collections.abc import Iterable
 from engine.blocks import MISS, BlockPool, Hit
 from engine.outbox import Outbox, logprobs_of
 from engine.plan import Admit, Copy, Grow, Row, Sampled, StepPlan, TokenLogprobs
-from engine.policy import comes_soon, pick_victim, pooled_budget, split_chunk, worth_copying
+from engine.policy import (
+    StepSizes,
+    comes_soon,
+    pick_victim,
+    pooled_budget,
+    split_chunk,
+    worth_copying,
+)
 from engine.protocol import (
     BadFrame,
     Embedding,
@@ -90,9 +97,16 @@ class Scheduler:
     """Continuous batching over one block pool."""
 
     def __init__(
-        self, pool: BlockPool, limits: Limits, *, step_tokens: int, epoch: int = 0
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        *,
+        step_tokens: int,
+        mixed_tokens: int = 0,
+        epoch: int = 0,
     ) -> None:
-        """`step_tokens`: most positions computed in one step, over all sequences.
+        """`step_tokens`: most positions computed in one step, over all sequences; `mixed_tokens`:
+        in a step in which sequences decode (see `policy.StepSizes`).
 
         Raises ValueError if nothing could ever run, or if the pool is not the one of `limits`.
         """
@@ -107,7 +121,7 @@ class Scheduler:
         self._pool = pool
         self._limits = limits
         self._epoch = epoch
-        self._step_tokens = step_tokens
+        self._sizes = StepSizes.of(step_tokens, mixed_tokens)
         self._sequences: dict[int, Sequence] = {}
         self._launched: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._arrivals = 0
@@ -162,8 +176,10 @@ class Scheduler:
             raise RuntimeError("a third step must not be planned before the first is committed")
         if not self._sequences and self._pool.num_held:
             self.counters.blocks_leaked += self._pool.reclaim()  # healed, and seen in the metrics
-        draft = _Draft(self._step_tokens)
-        draft.chunks(self._plan_decodes(draft))
+        draft = _Draft(self._sizes.alone)
+        behind = self._plan_decodes(draft)
+        self._shrink(draft, behind)
+        draft.chunks(behind)
         while self._can_admit(draft, pooled=False) and self._admit(draft):
             pass
         self._plan_pooled(draft, smooth_tokens)
@@ -222,6 +238,15 @@ class Scheduler:
         sequence.blocks += blocks
         return True
 
+    def _shrink(self, draft: _Draft, behind: list[Sequence]) -> None:
+        """Beside sequences that decode, prompts get a part of the step only."""
+        decoding = len(draft.rows)
+        if decoding == 0 or self._sizes.shared == self._sizes.alone:
+            return
+        waiting = sum(len(s.tokens) - s.scheduled for s in (*behind, *self.waiting))
+        limit = self._sizes.limit(decoding, waiting)
+        draft.budget = min(draft.budget, max(limit - decoding, 0))
+
     def _can_admit(self, draft: _Draft, *, pooled: bool) -> bool:
         """Is the first waiting sequence of this kind, and is there budget for it?"""
         if not self.waiting or draft.budget <= 0:
@@ -233,7 +258,7 @@ class Scheduler:
         """Pooled sequences, in what is left; newcomers only when nobody else waits."""
         first = self._queues.first_pooled
         if first:
-            used = self._step_tokens - draft.budget
+            used = sum(row.count for row in draft.rows)
             draft.budget = pooled_budget(draft.budget, used, smooth_tokens)
         draft.chunks(s for s in self.running[first:] if s.scheduled < s.num_kv)
         while self._can_admit(draft, pooled=True) and self._admit(draft):

@@ -250,6 +250,7 @@ def _merge(
 def _demands(
     config: RouterConfig, models: list[ModelSource], replicas: list[Placement]
 ) -> list[Demand]:
+    from router.devices import engine_sizes
     from router.memory import Demand
 
     engine = config.engine
@@ -261,7 +262,7 @@ def _demands(
             dtype=engine.dtype,
             quant=engine.quant,
             max_len=engine.max_len,
-            max_batch=engine.max_batch,
+            max_batch=engine_sizes(replica.device, engine.max_batch).max_batch,
             num_blocks=engine.num_blocks,
             kv_bytes=engine.kv_bytes,
         )
@@ -323,6 +324,7 @@ def _specs(
     endpoint: str,
 ) -> list[EngineSpec]:
     from engine.config import EngineConfig
+    from router.devices import engine_sizes
     from router.supervisor import EngineSpec, available_cores, engine_environment, plan_threads
 
     options = config.engine
@@ -333,6 +335,7 @@ def _specs(
     specs: list[EngineSpec] = []
     for index, (replica, engine) in enumerate(zip(plan.replicas, plan.engines, strict=True)):
         source = plan.models[replica.model]
+        sizes = engine_sizes(replica.device, options.max_batch, options.step_tokens)
         orders = EngineConfig(
             endpoint=endpoint,
             replica=index,
@@ -347,8 +350,9 @@ def _specs(
             max_len=engine.max_len,
             num_blocks=engine.num_blocks,
             kv_bytes=engine.kv_bytes,
-            max_batch=options.max_batch,
-            step_tokens=options.step_tokens,
+            max_batch=sizes.max_batch,
+            step_tokens=sizes.step_tokens,
+            mixed_tokens=sizes.mixed_tokens,
             overlap=0 if replica.device == "cpu" else 1,
             prefix_cache=options.prefix_cache,
             text_ids=_text_ids(source, models[replica.model]),
@@ -385,17 +389,18 @@ async def _run(
     from router.text.served import ModelTable
 
     limits = config.limits
+    most = limits.max_concurrency or max(spec.config.max_batch for spec in specs)
     metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
     table = StreamTable()
     fleet = Fleet([spec.model for spec in specs], table, link, metrics, time.monotonic)
-    admission = _admission(config, models, fleet)
+    admission = _admission(most, limits.max_queue, models, fleet)
     supervisor = Supervisor(specs, fleet, metrics, on_fatal=limits.on_fatal, clock=time.monotonic)
     life = Lifecycle(fleet, link, supervisor, admission, table, metrics)
     metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
     metrics.add_replicas(fleet.samples)
     metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
     pool = TextPool()
-    settings = FlowSettings(limits.request_timeout_s, max_concurrency=limits.max_concurrency)
+    settings = FlowSettings(limits.request_timeout_s, max_concurrency=most)
     flow = Flow(fleet, admission, metrics, settings, time.monotonic)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
     keys = config.http.api_keys
@@ -411,16 +416,15 @@ async def _run(
         pool.close()
 
 
-def _admission(config: RouterConfig, models: list[ServedModel], fleet: Fleet) -> Admission:
+def _admission(most: int, max_queue: int, models: list[ServedModel], fleet: Fleet) -> Admission:
+    """Up to `most` requests in each replica, `max_queue` waiting for each model."""
     from router.admission import EMBEDDING_SHARE, Admission, Gate
-
-    most = config.limits.max_concurrency
 
     def gate(name: str, permits_each: int) -> Gate:
         def permits() -> int:
             return fleet.ready_count(name) * permits_each
 
-        return Gate(name, config.limits.max_queue, permits, time.monotonic)
+        return Gate(name, max_queue, permits, time.monotonic)
 
     few = max(1, most // EMBEDDING_SHARE)
     return Admission(

@@ -40,7 +40,7 @@ class Options(
     gpus: str | list[str | int] = ""
     host: str = "127.0.0.1"
     port: Port = 8000
-    max_concurrency: Positive = 64
+    max_concurrency: Count = 0
     max_queue: Count = 512
     request_timeout: Seconds | None = None
     drain_timeout: Seconds = 30.0
@@ -54,8 +54,8 @@ class Options(
     load_format: LoadFormat = "auto"
     kv_memory: str | Count = 0
     kv_blocks: Count = 0
-    step_tokens: Positive = 512
-    max_batch: Positive = 64
+    step_tokens: Count = 0
+    max_batch: Count = 0
     no_prefix_cache: bool = False
     threads: Count = 0
     model_dir: str = ""
@@ -96,7 +96,7 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
 class LimitConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Limits per replica (`max_concurrency`), per model (`max_queue`), per request, at the end."""
 
-    max_concurrency: int
+    max_concurrency: int  # 0 = as many as an engine runs at once
     max_queue: int
     request_timeout_s: float  # 0 = no limit
     drain_timeout_s: float

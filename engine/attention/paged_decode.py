@@ -114,7 +114,7 @@ def paged_decode(
     out: Tensor,
     config: DecodeConfig | None = None,
 ) -> None:
-    """Writes [row, num_heads * head_dim] of `out` for each decode row; zeros for padding rows.
+    """Writes [row, num_heads * head_dim] of `out` for each decode row, nothing for other rows.
 
     `q` is [num_tokens, num_heads, head_dim] with any stride between tokens, `layer_kv`
     [2 * kv_heads, num_blocks, block_size, head_dim]; keys of the rows' own tokens are stored.
@@ -235,9 +235,7 @@ def _decode(
     mine = (member < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     heads = KV_HEADS * GROUP
     target = out + (row.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
-    if count == 0:
-        if split == 0:
-            tl.store(target, tl.zeros([GROUP_PAD, DIM_PAD], out.dtype.element_ty), mask=mine)
+    if count != 1:  # padding, or in a padded grid a chunk: its tokens belong to the prefill kernel
         return
     low, first, tiles, share, splits = _shares(start + count, window, max_splits, least, TILE)
     if split >= splits:
@@ -356,7 +354,7 @@ def _combine(
     row, head = tl.program_id(0), tl.program_id(1)
     start, count = tl.load(rows + row * 4 + 1), tl.load(rows + row * 4 + 2)
     _, _, _, _, splits = _shares(start + count, window, max_splits, least, TILE)
-    if (count == 0) | (splits == 1):
+    if (count != 1) | (splits == 1):
         return
     dims = tl.arange(0, DIM_PAD)
     inside = dims < HEAD_DIM

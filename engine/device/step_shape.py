@@ -9,10 +9,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import NamedTuple
 
-# Prompts up to here run as one captured graph when nothing decodes beside them. Longer ones, and
-# mixed steps, take the card longer than the host needs to launch them one kernel at a time.
-_PROMPT_BUCKETS = (16, 32, 64, 128, 256, 512)
-_SPARE_TILES = 4
+# Tokens of a step with prompts. Dense where a step still costs little more than its weights.
+_PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
+# Tokens and decode rows of a step with both; its size is the scheduler's choice (`step_size`), so
+# that few sizes serve.
+_MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 1024)
+_MIXED_ROWS = (8, 32, 64, 128, 256, 512)
+# Captured before the others: what most mixed steps are padded to.
+_USUAL_TOKENS = (512, 1024, 64, 256)
+_SPARE_TILES = 16
 # Chunks up to here are cut into short tiles: there is more to gain from more programs.
 _SHORT_CHUNK = 64
 SHORT_TILE = 16
@@ -48,23 +53,33 @@ def captured_shape(exact: StepShape, decode: tuple[int, ...]) -> StepShape | Non
     `decode` are the engine's decode buckets.
     """
     if exact.decode_rows == exact.tokens:
-        if exact.tokens > decode[-1]:
-            return None
-        rows = decode[bisect_left(decode, exact.tokens)]
-        return StepShape(rows, rows, 0, exact.tile)
-    if exact.decode_rows or exact.tokens > _PROMPT_BUCKETS[-1]:
+        rows = _at_least(exact.tokens, decode)
+        return StepShape(rows, rows, 0, exact.tile) if rows else None
+    tokens = _at_least(exact.tokens, _MIXED_TOKENS if exact.decode_rows else _PROMPT_TOKENS)
+    rows = min(_at_least(exact.decode_rows, (0, *_MIXED_ROWS)), decode[-1])
+    if not tokens or rows < exact.decode_rows:
         return None
-    tokens = _PROMPT_BUCKETS[bisect_left(_PROMPT_BUCKETS, exact.tokens)]
-    tiles = -(-tokens // exact.tile) + _SPARE_TILES
-    return None if exact.tiles > tiles else StepShape(tokens, 0, tiles, exact.tile)
+    shape = _with_prompts(tokens, rows, exact.tile)
+    return shape if exact.tiles <= shape.tiles else None
 
 
 def first_shapes(decode: tuple[int, ...], long_tile: int) -> list[StepShape]:
     """Shapes to be captured while nothing else is to be done: the likeliest first."""
-
-    def prompt(tokens: int) -> StepShape:
-        tile = tile_of(tokens, long_tile)
-        return StepShape(tokens, 0, -(-tokens // tile) + _SPARE_TILES, tile)
-
     rows = [StepShape(size, size, 0, tile_of(1, long_tile)) for size in decode]
-    return [*rows[:4], *map(prompt, _PROMPT_BUCKETS), *rows[4:]]
+    prompts = [_with_prompts(size, 0, tile_of(size, long_tile)) for size in _PROMPT_TOKENS]
+    mixed = [
+        _with_prompts(tokens, min(beside, decode[-1]), long_tile)
+        for tokens in _USUAL_TOKENS
+        for beside in _MIXED_ROWS
+        if beside < tokens and (beside == _MIXED_ROWS[0] or beside // 2 < decode[-1])
+    ]
+    return [*rows[:4], *prompts, *mixed[:5], *rows[4:], *mixed[5:]]
+
+
+def _with_prompts(tokens: int, decode_rows: int, tile: int) -> StepShape:
+    return StepShape(tokens, decode_rows, -(-tokens // tile) + _SPARE_TILES, tile)
+
+
+def _at_least(size: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds `size`; 0 if there is none."""
+    return buckets[bisect_left(buckets, size)] if size <= buckets[-1] else 0

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from engine.kernels.base import Activation
 from engine.kernels.gated import gated
-from engine.kernels.gemv import Epilogue, gemv, gemv_gated
+from engine.kernels.gemv import Epilogue, GemvConfig, gemv, gemv_gated
 from engine.kernels.skinny import MAX_ROWS, SkinnyConfig, skinny, skinny_gated
 from engine.quant.dense_gpu import Norm
 
-_PLAIN = SkinnyConfig(32, 256, 4, 4)
-_GATED = SkinnyConfig(16, 256, 4, 4)
+# Measured on an H100: 14 to 41 us for the four layers of a 6B model, 1 to 5 us less than the worst.
+_GEMV, _LONG_GEMV, _GATED_GEMV = GemvConfig(4096, 8), GemvConfig(1024, 4), GemvConfig(4096, 4)
+_LONG = 8192
+_PLAIN, _WIDE = SkinnyConfig(32, 256, 4, 4, flipped=True), SkinnyConfig(64, 128, 4, 5, flipped=True)
+_GATED = SkinnyConfig(32, 128, 4, 5, flipped=False)
 
 
 class FastProducts:
@@ -24,13 +27,14 @@ class FastProducts:
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """x W^T + b."""
         if len(x) == 1:
-            return gemv(x, weight, Epilogue(bias))
-        return skinny(x, weight, bias, None, _PLAIN) if len(x) <= MAX_ROWS else None
+            return gemv(x, weight, Epilogue(bias), _gemv_config(weight))
+        config = _WIDE if bias is not None else _PLAIN
+        return skinny(x, weight, bias, None, config) if len(x) <= MAX_ROWS else None
 
     def add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
         """residual += x W^T + b; False if nothing was done."""
         if len(x) == 1:
-            gemv(x, weight, Epilogue(bias, residual))
+            gemv(x, weight, Epilogue(bias, residual), _gemv_config(weight))
         elif len(x) <= MAX_ROWS:
             skinny(x, weight, bias, residual, _PLAIN)
         else:
@@ -40,7 +44,8 @@ class FastProducts:
     def normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> Tensor | None:
         """norm(x) W^T + b."""
         if len(x) == 1:
-            return gemv(x, weight, Epilogue(bias, None, norm.weight, norm.eps))
+            epilogue = Epilogue(bias, None, norm.weight, norm.eps)
+            return gemv(x, weight, epilogue, _gemv_config(weight))
         return None
 
     def gated(
@@ -56,8 +61,12 @@ class FastProducts:
             epilogue = Epilogue(bias)
             if norm is not None:
                 epilogue = Epilogue(bias, None, norm.weight, norm.eps)
-            return gemv_gated(x, weight, activation, epilogue)
+            return gemv_gated(x, weight, activation, epilogue, _GATED_GEMV)
         x = x if norm is None else norm(x)
         if len(x) <= MAX_ROWS:
             return skinny_gated(x, weight, activation, bias, _GATED)
         return gated(F.linear(x, weight, bias), activation)
+
+
+def _gemv_config(weight: Tensor) -> GemvConfig:
+    return _LONG_GEMV if weight.shape[1] > _LONG else _GEMV

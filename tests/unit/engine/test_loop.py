@@ -52,9 +52,11 @@ class Recorded:
     step_s: float = 0.0
     s_per_token: float = 0.0
     result_s: float = 0.0  # spent when a result is waited for
+    pieces: int = 0  # of work for quiet moments
 
     def idle(self) -> bool:
-        return False
+        self.pieces = max(0, self.pieces - 1)
+        return self.pieces > 0
 
     def launch(self, plan: StepPlan) -> Pending:
         self.log.append(f"launch {plan.step}")
@@ -387,8 +389,19 @@ def test_run_waits_without_limit_when_idle_and_not_at_all_when_busy() -> None:
     engine = Engine()
     link = ScriptedLink([[Ping(EPOCH, 1)], [make_submit(1, [1, 2], max_new=3)]])
     assert run(engine.loop, link) == 0
-    assert link.timeouts == [None, None, 0, 0, None]
+    # 0.25 s of silence come before what waits for a quiet moment, of which there is nothing here.
+    assert link.timeouts == [0.25, 0.25, 0, 0, 0.25]
     assert [type(message) for message in link.sent] == [Pong, *[StepOutput] * 3]
+
+
+def test_run_uses_quiet_moments_piece_by_piece_and_then_waits_without_limit() -> None:
+    engine = Engine()
+    engine.runner.pieces = 3
+    link = ScriptedLink([[], [], [Ping(EPOCH, 1)], [], []])
+    assert run(engine.loop, link) == 0
+    # Two pieces, a message, silence again, the last piece; then nothing but messages matters.
+    assert link.timeouts == [0.25, 0, 0, 0.25, None, None]
+    assert engine.runner.pieces == 0
 
 
 def test_run_collects_no_garbage_within_steps_and_leaves_the_process_as_it_was() -> None:

@@ -19,7 +19,7 @@ def test_defaults() -> None:
     got = parse([], {})
     assert (got.command, got.notes) == ("serve", [])
     assert (got.config.http.host, got.config.http.port) == ("127.0.0.1", 8000)
-    assert got.config.limits.max_concurrency == 64
+    assert got.config.limits.max_concurrency == 0
     assert got.config.engine.prefix_cache
     assert got.config.gpus == ()
 
