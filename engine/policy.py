@@ -62,7 +62,7 @@ class StepSizes(NamedTuple):
     def of(step_tokens: int, mixed_tokens: int) -> StepSizes:
         """`mixed_tokens` 0: all steps may have `step_tokens`."""
         shared = min(mixed_tokens or step_tokens, step_tokens)
-        return StepSizes(step_tokens, shared, min(2 * shared, step_tokens), 4 * shared)
+        return StepSizes(step_tokens, shared, min(7 * shared // 4, step_tokens), 4 * shared)
 
     def limit(self, decode_rows: int, waiting_tokens: int) -> int:
         """Most tokens of the next step."""

@@ -24,6 +24,7 @@ from triton.errors import TritonError
 
 from engine.attention.base import AttentionRule
 from engine.attention.paged_decode import (
+    FEW_PAIRS,
     DecodeConfig,
     DecodeRows,
     decode_config,
@@ -118,7 +119,9 @@ def make_scene(shape: Shape, dtype: torch.dtype) -> Scene:
 
 def decode_call(scene: Scene, splits: int, config: DecodeConfig | None) -> Callable[[], None]:
     """One step's decode attention, all layers."""
-    work = DecodeRows(scene.rows, scene.tables, scene.shape.rows, splits)
+    pairs = scene.shape.rows * scene.shape.kv_heads
+    counters = torch.zeros(pairs, dtype=torch.int32, device=scene.q.device)
+    work = DecodeRows(scene.rows, scene.tables, scene.shape.rows, splits, counters)
 
     def call() -> None:
         for layer in scene.layers:
@@ -219,7 +222,11 @@ def defaults(dtype: torch.dtype) -> bool:
         if shape.queries == 1:
             splits = splits_of(shape)
             group = HEADS // shape.kv_heads
-            chosen: object = (splits, *decode_config(dtype.itemsize, HEAD_DIM, group, compute))
+            many = shape.rows * shape.kv_heads > FEW_PAIRS
+            chosen: object = (
+                splits,
+                *decode_config(dtype.itemsize, HEAD_DIM, group, many, compute),
+            )
             call = decode_call(scene, splits, None)
         else:
             size = tile_of(shape, dtype)

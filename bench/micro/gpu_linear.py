@@ -80,9 +80,9 @@ def products(name: str, rows: int, *, sweep: bool) -> dict[str, Product]:
     for config in SKINNY if sweep else SKINNY[3:4]:
         label = f"skinny{tuple(config)}"
         if gated:
-            found[label] = lambda x, w, c=config: skinny_gated(x, w, "silu", None, c)
+            found[label] = lambda x, w, c=config: skinny_gated(x, w, "silu", Epilogue(), c)
         else:
-            found[label] = lambda x, w, c=config: skinny(x, w, None, None, c)
+            found[label] = lambda x, w, c=config: skinny(x, w, Epilogue(), c)
     return found
 
 

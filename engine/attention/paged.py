@@ -23,7 +23,8 @@ class PagedStep(NamedTuple):
     more, 4] of (slot, start, count, first token), count 0 is padding; `tables` int32 [num_slots,
     max_blocks]; `tiles` int32 [num_tiles or more, 2] of (row, first query counted from its start),
     row -1 is padding. `num_rows` counts the decode rows, `max_splits` is `decode_splits`' answer,
-    `tile_size` the queries of a tile: `prefill_tile`'s answer or `SHORT_TILE`.
+    `tile_size` the queries of a tile: `prefill_tile`'s answer or `SHORT_TILE`; `counters` are those
+    of `DecodeRows`.
     """
 
     kv_slots: Tensor
@@ -34,6 +35,7 @@ class PagedStep(NamedTuple):
     max_splits: int
     num_tiles: int
     tile_size: int
+    counters: Tensor
 
     def store(
         self, qkv: Tensor, num_heads: int, layer_kv: Tensor, rotation: Rotation | None
@@ -44,7 +46,9 @@ class PagedStep(NamedTuple):
     def attend(self, q: Tensor, layer_kv: Tensor, rule: AttentionRule) -> Tensor:
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
         if self.num_rows:
-            decode = DecodeRows(self.rows, self.tables, self.num_rows, self.max_splits)
+            decode = DecodeRows(
+                self.rows, self.tables, self.num_rows, self.max_splits, self.counters
+            )
             paged_decode(q, layer_kv, decode, rule, out)
         if self.num_tiles:
             tiles = PrefillTiles(self.rows, self.tables, self.tiles, self.num_tiles, self.tile_size)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.device.sampling import SlotSampling
-from engine.device.step_shape import StepShape, tile_of
+from engine.device.step_shape import StepShape, max_tiles, tile_of
 from engine.kernels.sampler import SamplerParams
 from engine.kernels.step_inputs import apply_grows
 from engine.plan import Grow, Row, StepPlan
@@ -61,7 +61,7 @@ class GpuBatch:
         self.tables = torch.zeros((max_batch, max_blocks), dtype=torch.int32, device=device)
         self.sampling: list[SlotSampling | None] = [None] * max_batch
         self._params = _Params(max_batch, device)
-        tiles = -(-max_tokens // tile_of(1, long_tile)) + max_batch
+        tiles = max_tiles(max_tokens, long_tile) + max_batch
         self._sections = _Sections(max_batch, tiles)
         self._step = torch.zeros(self._sections.size, dtype=torch.int32, device=device)
         self.rows = self._section("rows").view(-1, _ROW_FIELDS)

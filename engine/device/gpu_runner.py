@@ -96,6 +96,9 @@ class GpuRunner:
         self._settings = settings
         self._pooling = SlotPooling()
         self._kv_heads = shape.kv_heads
+        self._counters = torch.zeros(
+            settings.max_batch * shape.kv_heads, dtype=torch.int32, device=settings.device
+        )
         self._buckets = decode_buckets(settings.max_batch)
         wanted = first_shapes(self._buckets, settings.long_tile) if settings.graphs else []
         self._graphs = Graphs(self._forward, wanted)
@@ -147,7 +150,7 @@ class GpuRunner:
         attention = PagedStep(
             kv_slots, batch.rows, batch.tables, batch.tiles,
             num_rows=shape.decode_rows, max_splits=splits,
-            num_tiles=shape.tiles, tile_size=shape.tile,
+            num_tiles=shape.tiles, tile_size=shape.tile, counters=self._counters,
         )  # fmt: skip
         return self._model.forward(ids, positions, self._cache.layers, attention)
 

@@ -18,7 +18,7 @@ from engine.device.step_shape import StepShape
 
 # While requests run, a missing graph is captured only so often: each costs them a pause of tens of
 # milliseconds, and the same step launched kernel by kernel is only a little slower.
-_CAPTURE_EVERY_S = 0.5
+_CAPTURE_EVERY_S = 0.1
 
 Forward = Callable[[StepShape], Tensor]
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 _PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 # Tokens and decode rows of a step with both; its size is the scheduler's choice (`step_size`), so
 # that few sizes serve.
-_MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 1024)
+_MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 896, 1024)
 _MIXED_ROWS = (8, 32, 64, 128, 256, 512)
 # Captured before the others: what most mixed steps are padded to.
-_USUAL_TOKENS = (512, 1024, 64, 256)
+_USUAL_TOKENS = (512, 896, 64, 256, 128, 384, 640)
 _SPARE_TILES = 16
 # Chunks up to here are cut into short tiles: there is more to gain from more programs.
 _SHORT_CHUNK = 64
@@ -45,6 +45,11 @@ def decode_buckets(max_batch: int) -> tuple[int, ...]:
 def tile_of(longest_chunk: int, long_tile: int) -> int:
     """Queries of a tile in a step whose longest chunk has so many."""
     return min(SHORT_TILE, long_tile) if longest_chunk <= _SHORT_CHUNK else long_tile
+
+
+def max_tiles(max_tokens: int, long_tile: int) -> int:
+    """Tiles that any captured or exact shape reads, of steps of up to `max_tokens`."""
+    return -(-max(max_tokens, _PROMPT_TOKENS[-1]) // tile_of(1, long_tile)) + _SPARE_TILES
 
 
 def captured_shape(exact: StepShape, decode: tuple[int, ...]) -> StepShape | None:

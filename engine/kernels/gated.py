@@ -17,6 +17,7 @@ from engine.kernels.launch import index_of, pdl_options
 
 _BLOCK = 1024
 _WARPS = 4
+_LARGE = tl.constexpr(80.0)  # exp of it is still a float32, and nothing beside it
 
 
 def gated(gate_up: Tensor, activation: Activation) -> Tensor:
@@ -45,12 +46,12 @@ def embed(ids: Tensor, table: Tensor, scale: float) -> Tensor:
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of float32 values."""
     if ACTIVATION == "silu":
-        return x / (1.0 + tl.exp(-x))
+        return x / (1.0 + tl.exp(tl.minimum(-x, _LARGE)))
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     # gelu_tanh, with tanh(y) = 1 - 2 / (exp(2y) + 1)
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
+    return 0.5 * x * (2.0 - 2.0 / (tl.exp(tl.minimum(2.0 * inner, _LARGE)) + 1.0))
 
 
 @triton.jit

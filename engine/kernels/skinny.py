@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.kernels.base import Activation
 from engine.kernels.gated import activate
+from engine.kernels.gemv import Epilogue
 from engine.kernels.launch import index_of, pdl_options
 
 MAX_ROWS = 16
@@ -39,30 +40,17 @@ class SkinnyConfig(NamedTuple):
 
 
 DEFAULT = SkinnyConfig()
+_PLAIN = Epilogue()
 
 
 def skinny(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    config: SkinnyConfig = DEFAULT,
+    x: Tensor, weight: Tensor, epilogue: Epilogue = _PLAIN, config: SkinnyConfig = DEFAULT
 ) -> Tensor:
-    """x [n, in] of at most 16 rows, weight [out, in] -> [n, out]; + bias, + residual in place."""
-    rows, inner = x.shape
-    size = weight.shape[0]
-    out = residual
+    """x [n, in], at most 16 rows, weight [out, in] -> [n, out]; a residual is changed in place."""
+    out = epilogue.residual
     if out is None:
-        out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    outputs, inputs, num_warps, num_stages, flipped = config
-    inputs = min(inputs, max(16, triton.next_power_of_2(inner)))
-    _skinny[(triton.cdiv(size, outputs),)](
-        x, weight, weight if bias is None else bias, out, rows, size, inner, x.stride(0),
-        OUTPUTS=outputs, INPUTS=inputs, EVEN=inner % inputs == 0 and size % outputs == 0,
-        BIAS=bias is not None, RESIDUAL=residual is not None, GATED=False, ACTIVATION="silu",
-        FLIPPED=flipped, AHEAD=_AHEAD, num_warps=num_warps, num_stages=num_stages,
-        **pdl_options(index_of(x.device)),
-    )  # fmt: skip
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    _launch(x, weight, epilogue, config, out, weight.shape[0], None)
     return out
 
 
@@ -70,23 +58,37 @@ def skinny_gated(
     x: Tensor,
     weight: Tensor,
     activation: Activation,
-    bias: Tensor | None = None,
+    epilogue: Epilogue = _PLAIN,
     config: SkinnyConfig = DEFAULT,
 ) -> Tensor:
     """x [n, in], weight [2 * size, in], gates first -> activation(gate) * up, [n, size]."""
-    rows, inner = x.shape
     size = weight.shape[0] // 2
-    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
+    _launch(x, weight, epilogue, config, out, size, activation)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    config: SkinnyConfig,
+    out: Tensor,
+    size: int,
+    activation: Activation | None,
+) -> None:
+    rows, inner = x.shape
+    bias, residual = epilogue
     outputs, inputs, num_warps, num_stages, flipped = config
     inputs = min(inputs, max(16, triton.next_power_of_2(inner)))
     _skinny[(triton.cdiv(size, outputs),)](
         x, weight, weight if bias is None else bias, out, rows, size, inner, x.stride(0),
         OUTPUTS=outputs, INPUTS=inputs, EVEN=inner % inputs == 0 and size % outputs == 0,
-        BIAS=bias is not None, RESIDUAL=False, GATED=True, ACTIVATION=activation,
+        BIAS=bias is not None, RESIDUAL=residual is not None,
+        GATED=activation is not None, ACTIVATION=activation or "silu",
         FLIPPED=flipped, AHEAD=_AHEAD, num_warps=num_warps, num_stages=num_stages,
         **pdl_options(index_of(x.device)),
     )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionRule, StepAttention
 from engine.kernels.base import Fused
-from engine.models.parts import Experts, GatedMlp, RmsNorm, Rope, normed
+from engine.models.parts import Experts, GatedMlp, RmsNorm, Rope
 from engine.models.spec import ModelSpec
 from engine.quant.base import Linear
 
@@ -111,7 +111,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `engine.models.base.Model`."""
-        logits = normed(self._ends.head, self._ends.norm, hidden).float()
+        logits = self._ends.head(self._ends.norm(hidden)).float()
         if self._spec.logit_scale != 1.0:
             logits = logits.mul_(self._spec.logit_scale)
         cap = self._spec.logit_softcap
@@ -121,7 +121,7 @@ class Decoder:
         """Packed queries, keys and values [n, num_heads + 2 * kv_heads, head_dim]."""
         spec = self._spec
         queries, rotated = spec.num_heads, spec.num_heads + spec.kv_heads
-        qkv = normed(layer.qkv, layer.attention_norm, hidden)
+        qkv = layer.qkv(hidden if layer.attention_norm is None else layer.attention_norm(hidden))
         qkv = qkv.view(-1, rotated + spec.kv_heads, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             self._norm_(qkv[:, :queries], layer.q_norm)

@@ -48,13 +48,6 @@ class RmsNorm:
         return wide.mul(scale).to(self.weight.dtype).mul_(self.weight).to(x.dtype)
 
 
-def normed(linear: Linear, norm: RmsNorm | None, x: Tensor) -> Tensor:
-    """linear(norm(x)), in one kernel where the linear layer has one."""
-    if norm is None:
-        return linear(x)
-    return linear.normed(x, norm) if isinstance(linear, DenseGpuLinear) else linear(norm(x))
-
-
 class GatedMlp:
     """down(act(gate(x)) * up(x)).
 
@@ -77,16 +70,16 @@ class GatedMlp:
 
     def __call__(self, x: Tensor, norm: RmsNorm | None = None) -> Tensor:
         """[num_tokens, hidden] -> the same shape; of norm(x) if there is a norm."""
-        return self._down(self._inner(x, norm))
+        return self._down(self._inner(x if norm is None else norm(x)))
 
     def add(self, x: Tensor, residual: Tensor, norm: RmsNorm | None = None) -> Tensor:
         """The result added to `residual`, which may be overwritten, also if it is x."""
-        return self._down.add(self._inner(x, norm), residual)
+        return self._down.add(self._inner(x if norm is None else norm(x)), residual)
 
-    def _inner(self, x: Tensor, norm: RmsNorm | None) -> Tensor:
+    def _inner(self, x: Tensor) -> Tensor:
         if isinstance(self._gate_up, DenseGpuLinear):
-            return self._gate_up.gated(x, norm, self._activation)
-        gate_up = normed(self._gate_up, norm, x)
+            return self._gate_up.gated(x, self._activation)
+        gate_up = self._gate_up(x)
         if self._fused is not None:
             return self._fused.gated(gate_up, self._activation)
         gate, up = gate_up.chunk(2, dim=-1)

@@ -7,7 +7,7 @@ weights at 85 % of the card's bandwidth where a kernel of our own reaches 95 % (
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from engine.quant.fast_products import FastProducts
 
 _MULTIPLE = 16  # sizes that our kernels read in whole vectors
-
-
-class Norm(Protocol):
-    """An RMSNorm: its weight over [in_features], and itself as a kernel of its own."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class DenseGpuLinear:
@@ -54,14 +45,9 @@ class DenseGpuLinear:
         residual.addmm_(x, self._weight.t())
         return residual if self._bias is None else residual.add_(self._bias)
 
-    def normed(self, x: Tensor, norm: Norm) -> Tensor:
-        """This layer of norm(x)."""
-        found = self._products.normed(x, self._weight, self._bias, norm)
-        return self(norm(x)) if found is None else found
-
-    def gated(self, x: Tensor, norm: Norm | None, activation: Activation) -> Tensor:
-        """activation(gate) * up, of norm(x): this layer is two in one, the gate's rows first."""
-        return self._products.gated(x, self._weight, self._bias, norm, activation)
+    def gated(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(gate) * up: this layer is two in one, the gate's rows first."""
+        return self._products.gated(x, self._weight, self._bias, activation)
 
 
 def dense_gpu_method(device: torch.device, dtype: torch.dtype) -> LinearMethod:

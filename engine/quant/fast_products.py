@@ -12,7 +12,6 @@ from engine.kernels.base import Activation
 from engine.kernels.gated import gated
 from engine.kernels.gemv import Epilogue, GemvConfig, gemv, gemv_gated
 from engine.kernels.skinny import MAX_ROWS, SkinnyConfig, skinny, skinny_gated
-from engine.quant.dense_gpu import Norm
 
 # Measured on an H100: 14 to 41 us for the four layers of a 6B model, 1 to 5 us less than the worst.
 _GEMV, _LONG_GEMV, _GATED_GEMV = GemvConfig(4096, 8), GemvConfig(1024, 4), GemvConfig(4096, 4)
@@ -29,42 +28,30 @@ class FastProducts:
         if len(x) == 1:
             return gemv(x, weight, Epilogue(bias), _gemv_config(weight))
         config = _WIDE if bias is not None else _PLAIN
-        return skinny(x, weight, bias, None, config) if len(x) <= MAX_ROWS else None
+        return skinny(x, weight, Epilogue(bias), config) if len(x) <= MAX_ROWS else None
 
     def add(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> bool:
         """residual += x W^T + b; False if nothing was done."""
         if len(x) == 1:
             gemv(x, weight, Epilogue(bias, residual), _gemv_config(weight))
         elif len(x) <= MAX_ROWS:
-            skinny(x, weight, bias, residual, _PLAIN)
+            skinny(x, weight, Epilogue(bias, residual), _PLAIN)
         else:
             return False
         return True
-
-    def normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> Tensor | None:
-        """norm(x) W^T + b."""
-        if len(x) == 1:
-            epilogue = Epilogue(bias, None, norm.weight, norm.eps)
-            return gemv(x, weight, epilogue, _gemv_config(weight))
-        return None
 
     def gated(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        norm: Norm | None,
         activation: Activation,
     ) -> Tensor:
-        """activation(gate) * up of norm(x) W^T + b, the gate's rows first."""
+        """activation(gate) * up of x W^T + b, the gate's rows first."""
         if len(x) == 1:
-            epilogue = Epilogue(bias)
-            if norm is not None:
-                epilogue = Epilogue(bias, None, norm.weight, norm.eps)
-            return gemv_gated(x, weight, activation, epilogue, _GATED_GEMV)
-        x = x if norm is None else norm(x)
+            return gemv_gated(x, weight, activation, Epilogue(bias), _GATED_GEMV)
         if len(x) <= MAX_ROWS:
-            return skinny_gated(x, weight, activation, bias, _GATED)
+            return skinny_gated(x, weight, activation, Epilogue(bias), _GATED)
         return gated(F.linear(x, weight, bias), activation)
 
 

@@ -16,7 +16,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Parts of the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 SHAPES = [(10, 64), (7, 208), (33, 144)]  # no multiples of the tiles
-EPS = 1e-5
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
@@ -36,11 +35,6 @@ def randn(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
     return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
-def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    wide = x.double()
-    return wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-
-
 def act(x: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "silu":
         return torch.nn.functional.silu(x)
@@ -58,13 +52,11 @@ def test_gemv(
     x = randn(1, inner, device=device, dtype=dtype)
     weight = randn(size, inner, device=device, dtype=dtype)
     bias = randn(size, device=device, dtype=dtype)
-    scale = randn(inner, device=device, dtype=dtype) + 1
     residual = randn(1, size, device=device, dtype=dtype)
     plain = x.double() @ weight.double().T
     close(gemv(x, weight, config=config), plain, dtype)
-    epilogue = Epilogue(bias, None, scale, EPS)
-    fused = normed(x, scale) @ weight.double().T + bias.double()
-    close(gemv(x, weight, epilogue, config), fused, dtype)
+    epilogue = Epilogue(bias)
+    close(gemv(x, weight, epilogue, config), plain + bias.double(), dtype)
     added = residual.clone()
     assert gemv(x, weight, Epilogue(bias, added), config) is added
     close(added, residual.double() + plain + bias.double(), dtype)
@@ -83,13 +75,14 @@ def test_gated(
     x = randn(rows, inner, device=device, dtype=dtype) / 4
     weight = randn(2 * size, inner, device=device, dtype=dtype) / 4
     bias = randn(2 * size, device=device, dtype=dtype) if with_bias else None
-    scale = randn(inner, device=device, dtype=dtype) + 1
-    wide = x.double() if rows > 1 else normed(x, scale)
-    gate, up = (wide @ weight.double().T + (0 if bias is None else bias.double())).chunk(2, -1)
+    epilogue = Epilogue(bias)
+    gate, up = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).chunk(
+        2, -1
+    )
     if rows > 1:
-        got = skinny_gated(x, weight, activation, bias, SkinnyConfig(16, 64))
+        got = skinny_gated(x, weight, activation, epilogue, SkinnyConfig(16, 64))
     else:
-        got = gemv_gated(x, weight, activation, Epilogue(bias, None, scale, EPS))
+        got = gemv_gated(x, weight, activation, epilogue)
     # Rounded three times: gate, up and the activation.
     close(got, act(gate, activation) * up, dtype, 3)
 
@@ -110,7 +103,7 @@ def test_skinny(
     config = SkinnyConfig(16, 64, 4, 2, flipped)
     plain = x.double() @ weight.double().T
     close(skinny(x, weight, config=config), plain, dtype)
-    close(skinny(x, weight, bias, config=config), plain + bias.double(), dtype)
+    close(skinny(x, weight, Epilogue(bias), config), plain + bias.double(), dtype)
     added = residual.clone()
-    assert skinny(x, weight, None, added, config) is added
+    assert skinny(x, weight, Epilogue(None, added), config) is added
     close(added, residual.double() + plain, dtype)
