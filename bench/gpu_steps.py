@@ -11,11 +11,14 @@ be read at 3.07 TB/s. Needs a CUDA device.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -142,6 +145,7 @@ class Bench:
         total = decodes + tokens
         token_us = step_s / total * 1e6
         print(f"mixed {decodes} + {tokens}: {step_s * 1e3:.2f} ms, {token_us:.2f} us a token")
+        self.profile(lambda: run(4), 4)
 
     def profile(self, run: object, steps: int) -> None:
         if not self._profiled:
@@ -150,10 +154,15 @@ class Bench:
             run()  # type: ignore[operator]
             torch.cuda.synchronize()
         times, counts = Counter[str](), Counter[str]()
-        for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                times[event.name[:60]] += event.self_device_time_total / steps
-                counts[event.name[:60]] += 1
+        with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+            profiler.export_chrome_trace(trace.name)
+            events = json.loads(Path(trace.name).read_text())["traceEvents"]
+        for event in events:
+            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+                grid = event["args"].get("grid", "")
+                name = f"{event['name'][:60]} {grid}"
+                times[name] += event["dur"] / steps
+                counts[name] += 1
         total = sum(times.values())
         print(f"    kernels {total / 1e3:.2f} ms")
         for name, took in times.most_common(12):

@@ -12,6 +12,8 @@ from engine.request import Sequence
 
 _RESERVE_SHARE = 100
 _COPY_SHARE = 8
+_STEPS_TO_CATCH_UP = 4
+_CROWD = 64  # steps that a crowd of prompts would take
 # Slots that sequences with pooling leave free, so that a chat finds one.
 _KEPT_SLOTS_SHARE = 4
 # Tokens that pooled sequences get in any step: a few more in a forward pass are nearly free.
@@ -48,27 +50,31 @@ def pick_victim(candidates: Iterable[Sequence]) -> Sequence:
 class StepSizes(NamedTuple):
     """Tokens that one step may compute, decode rows included.
 
-    `alone` with no sequence decoding; else `shared`, which keeps the pauses between tokens short
-    and is large enough that reading the weights costs no more than computing; `crowded` when more
-    than `backlog` tokens of prompts wait.
+    `alone` with no sequence decoding. Else `small`, if that is done with the waiting prompts in a
+    few steps: up to about there a step takes as long as reading the weights, and prompt tokens are
+    nearly free. Those beyond cost their full time, as a pause of the sequences that decode: the
+    step is `usual`, and `crowded` only when so much waits that many would wait for long.
     """
 
     alone: int
-    shared: int
+    small: int
+    usual: int
     crowded: int
-    backlog: int
 
     @staticmethod
     def of(step_tokens: int, mixed_tokens: int) -> StepSizes:
         """`mixed_tokens` 0: all steps may have `step_tokens`."""
-        shared = min(mixed_tokens or step_tokens, step_tokens)
-        return StepSizes(step_tokens, shared, min(7 * shared // 4, step_tokens), 4 * shared)
+        usual = min(mixed_tokens or step_tokens, step_tokens)
+        small = usual // 2 if mixed_tokens else usual
+        return StepSizes(step_tokens, small, usual, min(2 * usual, step_tokens))
 
     def limit(self, decode_rows: int, waiting_tokens: int) -> int:
         """Most tokens of the next step."""
         if decode_rows == 0:
             return self.alone
-        return self.crowded if waiting_tokens > self.backlog else self.shared
+        if decode_rows + waiting_tokens // _STEPS_TO_CATCH_UP <= self.small:
+            return self.small
+        return self.crowded if waiting_tokens > _CROWD * self.usual else self.usual
 
 
 def split_chunk(left: int, budget: int) -> int:

@@ -241,7 +241,7 @@ class Scheduler:
     def _shrink(self, draft: _Draft, behind: list[Sequence]) -> None:
         """Beside sequences that decode, prompts get a part of the step only."""
         decoding = len(draft.rows)
-        if decoding == 0 or self._sizes.shared == self._sizes.alone:
+        if decoding == 0 or self._sizes.small == self._sizes.alone:
             return
         waiting = sum(len(s.tokens) - s.scheduled for s in (*behind, *self.waiting))
         limit = self._sizes.limit(decoding, waiting)

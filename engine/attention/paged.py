@@ -24,7 +24,7 @@ class PagedStep(NamedTuple):
     max_blocks]; `tiles` int32 [num_tiles or more, 2] of (row, first query counted from its start),
     row -1 is padding. `num_rows` counts the decode rows, `max_splits` is `decode_splits`' answer,
     `tile_size` the queries of a tile: `prefill_tile`'s answer or `SHORT_TILE`; `counters` are those
-    of `DecodeRows`.
+    of `DecodeRows`. `side`: a stream on which decoding may run beside prompts.
     """
 
     kv_slots: Tensor
@@ -36,6 +36,7 @@ class PagedStep(NamedTuple):
     num_tiles: int
     tile_size: int
     counters: Tensor
+    side: torch.cuda.Stream | None = None
 
     def store(
         self, qkv: Tensor, num_heads: int, layer_kv: Tensor, rotation: Rotation | None
@@ -45,12 +46,33 @@ class PagedStep(NamedTuple):
 
     def attend(self, q: Tensor, layer_kv: Tensor, rule: AttentionRule) -> Tensor:
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        if self.num_rows and self.num_tiles and self.side is not None:
+            # Decoding waits for memory, prompts for arithmetic: they run beside one another.
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                self._decode(q, layer_kv, rule, out, early=False)
+            self._prefill(q, layer_kv, rule, out, early=False)
+            main.wait_stream(self.side)
+            return out
         if self.num_rows:
-            decode = DecodeRows(
-                self.rows, self.tables, self.num_rows, self.max_splits, self.counters
-            )
-            paged_decode(q, layer_kv, decode, rule, out)
+            self._decode(q, layer_kv, rule, out, early=True)
         if self.num_tiles:
-            tiles = PrefillTiles(self.rows, self.tables, self.tiles, self.num_tiles, self.tile_size)
-            paged_prefill(q, layer_kv, tiles, rule, out)
+            self._prefill(q, layer_kv, rule, out, early=True)
         return out
+
+    def _decode(
+        self, q: Tensor, layer_kv: Tensor, rule: AttentionRule, out: Tensor, *, early: bool
+    ) -> None:
+        rows = DecodeRows(
+            self.rows, self.tables, self.num_rows, self.max_splits, self.counters, early
+        )
+        paged_decode(q, layer_kv, rows, rule, out)
+
+    def _prefill(
+        self, q: Tensor, layer_kv: Tensor, rule: AttentionRule, out: Tensor, *, early: bool
+    ) -> None:
+        tiles = PrefillTiles(
+            self.rows, self.tables, self.tiles, self.num_tiles, self.tile_size, early
+        )
+        paged_prefill(q, layer_kv, tiles, rule, out)

@@ -44,7 +44,8 @@ class DecodeRows(NamedTuple):
 
     `rows` is int32 [num_rows or more, 4], `tables` int32 [num_slots, max_blocks]; `max_splits`
     bounds into how many shares a context is cut (`decode_splits`). `counters` are int32, zero
-    before and after each launch, num_rows * kv_heads of them.
+    before and after each launch, num_rows * kv_heads of them. `early`: the launch may come before
+    the end of the kernel before it, which must be on the same stream.
     """
 
     rows: Tensor
@@ -52,6 +53,7 @@ class DecodeRows(NamedTuple):
     num_rows: int
     max_splits: int
     counters: Tensor
+    early: bool = True
 
 
 class DecodeConfig(NamedTuple):
@@ -130,7 +132,7 @@ def paged_decode(
     `q` is [num_tokens, num_heads, head_dim] with any stride between tokens, `layer_kv`
     [2 * kv_heads, num_blocks, block_size, head_dim]; keys of the rows' own tokens are stored.
     """
-    rows, tables, num_rows, max_splits, counters = work
+    rows, tables, num_rows, max_splits, counters, early = work
     _, heads, head_dim = q.shape
     kv_heads, num_blocks, block_size = layer_kv.shape[0] // 2, layer_kv.shape[1], layer_kv.shape[2]
     group = heads // kv_heads
@@ -148,7 +150,7 @@ def paged_decode(
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=padded(group) if dot else 1,
         HEAD_DIM=head_dim, DIM_PAD=padded(head_dim), BLOCK_SIZE=block_size, SOFTCAP=rule.softcap,
         TILE=tile, STAGES=num_stages, DOT=dot, CHUNK=4 if dot else 16, num_warps=num_warps,
-        **pdl_options(device),
+        **pdl_options(device if early else -1),
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ class PrefillTiles(NamedTuple):
 
     `rows` is int32 [num_rows, 4], `tables` int32 [num_slots, max_blocks], `tiles` int32
     [num_tiles or more, 2]: a row, and the first query of the tile counted from the row's start;
-    row -1 is padding. Later entries start first: within a chunk they are the longer ones.
+    row -1 is padding. Later entries start first: within a chunk they are the longer ones. `early`
+    as in `DecodeRows`.
     """
 
     rows: Tensor
@@ -53,6 +54,7 @@ class PrefillTiles(NamedTuple):
     tiles: Tensor
     num_tiles: int
     size: int
+    early: bool = True
 
 
 class PrefillConfig(NamedTuple):
@@ -108,7 +110,7 @@ def paged_prefill(
     `q` is [num_tokens, num_heads, head_dim] with any stride between tokens, `layer_kv`
     [2 * kv_heads, num_blocks, block_size, head_dim].
     """
-    rows, tables, tiles, num_tiles, size = work
+    rows, tables, tiles, num_tiles, size, early = work
     _, heads, head_dim = q.shape
     kv_heads, num_blocks, block_size = layer_kv.shape[0] // 2, layer_kv.shape[1], layer_kv.shape[2]
     device = index_of(q.device)
@@ -120,7 +122,8 @@ def paged_prefill(
         q.stride(0), tables.stride(0), num_blocks, score_factor(rule), rule.window,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads,
         HEAD_DIM=head_dim, DIM_PAD=padded(head_dim), BLOCK_SIZE=block_size, SOFTCAP=rule.softcap,
-        QUERIES=size, TILE=tile, STAGES=num_stages, num_warps=num_warps, **pdl_options(device),
+        QUERIES=size, TILE=tile, STAGES=num_stages, num_warps=num_warps,
+        **pdl_options(device if early else -1),
     )  # fmt: skip
 
 

@@ -96,6 +96,8 @@ class GpuRunner:
         self._settings = settings
         self._pooling = SlotPooling()
         self._kv_heads = shape.kv_heads
+        on_card = settings.device.type == "cuda"
+        self._side = torch.cuda.Stream(settings.device) if on_card else None  # type: ignore[no-untyped-call]
         self._counters = torch.zeros(
             settings.max_batch * shape.kv_heads, dtype=torch.int32, device=settings.device
         )
@@ -120,8 +122,7 @@ class GpuRunner:
         batch.apply(plan)
         self._pooling.admit(plan.admits)
         staged = batch.stage(rows, plan.grows)
-        padded = captured_shape(staged.shape, self._buckets)
-        hidden = self._graphs.run(padded or staged.shape, graphed=padded is not None)
+        hidden = self._graphs.run(staged.shape, captured_shape(staged.shape, self._buckets))
         last = staged.last_tokens
         prompt_scores = {
             i: parts
@@ -150,7 +151,7 @@ class GpuRunner:
         attention = PagedStep(
             kv_slots, batch.rows, batch.tables, batch.tiles,
             num_rows=shape.decode_rows, max_splits=splits,
-            num_tiles=shape.tiles, tile_size=shape.tile, counters=self._counters,
+            num_tiles=shape.tiles, tile_size=shape.tile, counters=self._counters, side=self._side,
         )  # fmt: skip
         return self._model.forward(ids, positions, self._cache.layers, attention)
 

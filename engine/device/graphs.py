@@ -40,20 +40,21 @@ class Graphs:
         """Those that have a graph."""
         return frozenset(self._graphs)
 
-    def run(self, shape: StepShape, *, graphed: bool) -> Tensor:
-        """Hidden states [shape.tokens, hidden_size], valid until the next run of any shape.
+    def run(self, exact: StepShape, padded: StepShape | None) -> Tensor:
+        """Hidden states [exact.tokens or more, hidden_size], valid until the next run.
 
-        `graphed` shapes are worth a graph: one that has none gets it now and then.
+        `padded` is the shape whose graph serves, if one may: one that is missing is captured, but
+        only now and then.
         """
-        if graphed and self._enabled:
-            found = self._graphs.get(shape)
+        if padded is not None and self._enabled:
+            found = self._graphs.get(padded)
             if found is None and time.monotonic() - self._captured_s > _CAPTURE_EVERY_S:
-                found = self._capture(shape)
+                found = self._capture(padded)
             if found is not None:
                 graph, hidden = found
                 graph.replay()
                 return hidden
-        return self._forward(shape)
+        return self._forward(exact)
 
     def capture_next(self) -> bool:
         """Captures one of the wanted shapes; False once all are there.

@@ -13,11 +13,11 @@ from typing import NamedTuple
 _PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 # Tokens and decode rows of a step with both; its size is the scheduler's choice (`step_size`), so
 # that few sizes serve.
-_MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 896, 1024)
+_MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 1024)
 _MIXED_ROWS = (8, 32, 64, 128, 256, 512)
 # Captured before the others: what most mixed steps are padded to.
-_USUAL_TOKENS = (512, 896, 64, 256, 128, 384, 640)
-_SPARE_TILES = 16
+_USUAL_TOKENS = (256, 512, 1024, 64, 128)
+_SPARE_TILES = 8
 # Chunks up to here are cut into short tiles: there is more to gain from more programs.
 _SHORT_CHUNK = 64
 SHORT_TILE = 16

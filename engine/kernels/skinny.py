@@ -1,6 +1,8 @@
 """Up to 16 tokens times a weight matrix, on tensor cores. Owns nothing.
 
-The weights are streamed once; the tokens, padded to 16, are the narrow side of each product.
+The weights are streamed once; the tokens, padded to 16, are the narrow side of each product. Not
+launched ahead of its predecessor (PDL): programs that wait hold the shared memory that those before
+them stream through. Measured on an H100, 8 rows through a 6B model: 5.2 ms with, 4.9 without.
 """
 
 # Triton is untyped, and kernels take what a launch passes: pointers, strides, constants.
@@ -20,10 +22,8 @@ from torch import Tensor
 from engine.kernels.base import Activation
 from engine.kernels.gated import activate
 from engine.kernels.gemv import Epilogue
-from engine.kernels.launch import index_of, pdl_options
 
 MAX_ROWS = 16
-_AHEAD = 1024  # columns of each row of weights that are asked for before the input is there
 
 
 class SkinnyConfig(NamedTuple):
@@ -86,17 +86,7 @@ def _launch(
         OUTPUTS=outputs, INPUTS=inputs, EVEN=inner % inputs == 0 and size % outputs == 0,
         BIAS=bias is not None, RESIDUAL=residual is not None,
         GATED=activation is not None, ACTIVATION=activation or "silu",
-        FLIPPED=flipped, AHEAD=_AHEAD, num_warps=num_warps, num_stages=num_stages,
-        **pdl_options(index_of(x.device)),
-    )  # fmt: skip
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Asks for the cache lines at these addresses."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
+        FLIPPED=flipped, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
@@ -124,22 +114,13 @@ def _skinny(
     x, weight, bias, out, rows, size, inner, x_stride,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    FLIPPED: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    FLIPPED: tl.constexpr,
 ):  # fmt: skip
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     column = tl.arange(0, INPUTS)
     token = tl.arange(0, 16)
     first = weight + output.to(tl.int64)[:, None] * inner
     second = first + size.to(tl.int64) * inner
-    if PDL:
-        # While the kernel before this one ends, the first weights come into the L2 cache.
-        line = tl.arange(0, AHEAD // 64)[None, :] * 64
-        near = (output[:, None] < size) & (line < inner)
-        _prefetch(tl.where(near, first + line, weight))
-        if GATED:
-            _prefetch(tl.where(near, second + line, weight))
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros([OUTPUTS, 16] if FLIPPED else [16, OUTPUTS], tl.float32)
     other = total
     for at in range(0, inner, INPUTS):
