@@ -74,6 +74,16 @@ class _Draft:
         self.copies: list[Copy] = []
         self.preempted = False
 
+    def shrink(
+        self, sizes: StepSizes, behind: Iterable[Sequence], waiting: Iterable[Sequence]
+    ) -> None:
+        """Beside the sequences that decode, prompts get a part of the step only."""
+        decoding = len(self.rows)
+        if decoding == 0 or sizes.small == sizes.alone:
+            return
+        tokens = sum(len(s.tokens) - s.scheduled for each in (behind, waiting) for s in each)
+        self.budget = min(self.budget, max(sizes.limit(decoding, tokens) - decoding, 0))
+
     def chunks(self, sequences: Iterable[Sequence]) -> None:
         """A row for each, as long as there is budget."""
         for sequence in sequences:
@@ -105,15 +115,11 @@ class Scheduler:
         mixed_tokens: int = 0,
         epoch: int = 0,
     ) -> None:
-        """`step_tokens`: most positions computed in one step, over all sequences; `mixed_tokens`:
-        in a step in which sequences decode (see `policy.StepSizes`).
+        """`step_tokens` and `mixed_tokens`: most positions in one step (see `policy.StepSizes`).
 
         Raises ValueError if nothing could ever run, or if the pool is not the one of `limits`.
         """
-        if step_tokens < 1 or limits.max_batch < 1:
-            raise ValueError("step_tokens and max_batch must be at least 1")
-        if (pool.num_blocks, pool.block_size) != (limits.num_blocks, limits.block_size):
-            raise ValueError("the pool's size is not the one announced in limits")
+        _check_sizes(pool, limits, step_tokens)
         self.counters = Counters()
         self._queues = Queues(pool, limits.max_batch)
         self.running = self._queues.running  # to be read only by others, as is `waiting`
@@ -178,7 +184,7 @@ class Scheduler:
             self.counters.blocks_leaked += self._pool.reclaim()  # healed, and seen in the metrics
         draft = _Draft(self._sizes.alone)
         behind = self._plan_decodes(draft)
-        self._shrink(draft, behind)
+        draft.shrink(self._sizes, behind, self.waiting)
         draft.chunks(behind)
         while self._can_admit(draft, pooled=False) and self._admit(draft):
             pass
@@ -237,15 +243,6 @@ class Scheduler:
         draft.grows.append(Grow(slot_of(sequence), len(sequence.blocks), blocks))
         sequence.blocks += blocks
         return True
-
-    def _shrink(self, draft: _Draft, behind: list[Sequence]) -> None:
-        """Beside sequences that decode, prompts get a part of the step only."""
-        decoding = len(draft.rows)
-        if decoding == 0 or self._sizes.small == self._sizes.alone:
-            return
-        waiting = sum(len(s.tokens) - s.scheduled for s in (*behind, *self.waiting))
-        limit = self._sizes.limit(decoding, waiting)
-        draft.budget = min(draft.budget, max(limit - decoding, 0))
 
     def _can_admit(self, draft: _Draft, *, pooled: bool) -> bool:
         """Is the first waiting sequence of this kind, and is there budget for it?"""
@@ -406,6 +403,13 @@ class Scheduler:
             return None
         self._outbox = Outbox()
         return outbox.message(self._epoch, self.counters.steps, self.stats)
+
+
+def _check_sizes(pool: BlockPool, limits: Limits, step_tokens: int) -> None:
+    if step_tokens < 1 or limits.max_batch < 1:
+        raise ValueError("step_tokens and max_batch must be at least 1")
+    if (pool.num_blocks, pool.block_size) != (limits.num_blocks, limits.block_size):
+        raise ValueError("the pool's size is not the one announced in limits")
 
 
 def _seal(pool: BlockPool, sequence: Sequence, start: int, end: int) -> None:

@@ -179,7 +179,8 @@ def exponentials(keys: Tensor, vocab: int) -> Tensor:
     z.bitwise_xor_((z >> 31).bitwise_and_(_INT64_MAX >> 30))
     # Floats are finest near 0, and the winners of the race are there.
     uniform = z.bitwise_and_(_INT64_MAX).float().mul_(2.0**-63)
-    return uniform.neg_().log1p_().neg_().clamp_(min=1e-30)
+    # One in 2^25 rounds to 1 and would be infinite, which no quotient survives.
+    return uniform.neg_().log1p_().neg_().clamp_(min=1e-30, max=20.0)
 
 
 class Scores(NamedTuple):

@@ -165,7 +165,7 @@ def _race(row, at_least, key, top, temperature, vocab, allowed, BLOCK: tl.conste
         one_less = 1.0 - uniform
         gap = 1.0 - one_less
         noise = tl.where(gap == 0.0, uniform, -tl.log(one_less) * (uniform / gap))
-        noise = tl.maximum(noise, 1e-30)
+        noise = tl.minimum(tl.maximum(noise, 1e-30), 20.0)
         speed = tl.where(kept, chance / noise, -1.0)
         where = tl.where(speed > best, columns, where)
         best = tl.maximum(best, speed)

@@ -50,7 +50,7 @@ def skinny(
     out = epilogue.residual
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    _launch(x, weight, epilogue, config, out, weight.shape[0], None)
+    _launch(x, weight, epilogue, config, out, None)
     return out
 
 
@@ -64,7 +64,7 @@ def skinny_gated(
     """x [n, in], weight [2 * size, in], gates first -> activation(gate) * up, [n, size]."""
     size = weight.shape[0] // 2
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
-    _launch(x, weight, epilogue, config, out, size, activation)
+    _launch(x, weight, epilogue, config, out, activation)
     return out
 
 
@@ -74,10 +74,10 @@ def _launch(
     epilogue: Epilogue,
     config: SkinnyConfig,
     out: Tensor,
-    size: int,
     activation: Activation | None,
 ) -> None:
     rows, inner = x.shape
+    size = out.shape[1]
     bias, residual = epilogue
     outputs, inputs, num_warps, num_stages, flipped = config
     inputs = min(inputs, max(16, triton.next_power_of_2(inner)))

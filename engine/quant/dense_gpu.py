@@ -56,7 +56,7 @@ def dense_gpu_method(device: torch.device, dtype: torch.dtype) -> LinearMethod:
         return DenseLinear
     from engine.quant.fast_products import FastProducts  # imports Triton
 
-    products = FastProducts()
+    products = FastProducts(torch.cuda.get_device_capability(device))
 
     def method(weight: Tensor, bias: Tensor | None) -> Linear:
         if any(size % _MULTIPLE for size in weight.shape):
