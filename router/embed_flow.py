@@ -32,7 +32,7 @@ from router.flow import (
     hold_permit,
 )
 from router.metrics import Metrics
-from router.streams import Stream
+from router.streams import Stream, WakeUp
 from router.text.served import ServedModel
 
 WINDOW_TOKENS: Final = 4096  # of one request at once, for each ready replica: some steps' worth
@@ -192,7 +192,7 @@ class EmbedFlow:
 class _Run:
     """One job on its way: which texts are out, and the vectors so far."""
 
-    def __init__(self, job: EmbeddingJob, fleet: Fleet, event: asyncio.Event) -> None:
+    def __init__(self, job: EmbeddingJob, fleet: Fleet, event: WakeUp) -> None:
         self.job = job
         self.model = job.model.name
         self.vectors = [b""] * len(job.texts)

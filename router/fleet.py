@@ -13,7 +13,6 @@ are behind `EngineLink`, so all of it is tested without either.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final, Literal, Protocol
@@ -23,7 +22,7 @@ from engine.protocol import Finish, FinishReason, Limits, Sampling, Stats
 from router import logs
 from router.errors import EXIT_CONFIG, Overloaded
 from router.metrics import Metrics, ReplicaSample
-from router.streams import ReplicaState, ReplicaView, Stream, StreamTable, deliver
+from router.streams import ReplicaState, ReplicaView, Stream, StreamTable, WakeUp, deliver
 
 FIRST_FRAME_LIMIT_S: Final = 600.0  # imports on a slow disk; exit and end-of-file come at once
 BUSY_FACTOR: Final = 10.0  # an announced silence may take this much longer than announced
@@ -205,7 +204,7 @@ class Fleet:
 
     # -- work
 
-    def open(self, prompt: list[int], max_new: int, event: asyncio.Event | None = None) -> Stream:
+    def open(self, prompt: list[int], max_new: int, event: WakeUp | None = None) -> Stream:
         """A stream that no engine works on yet; to be closed by its opener."""
         return self._table.open(prompt, max_new, event)
 

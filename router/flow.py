@@ -10,7 +10,7 @@ on elsewhere (or on the restarted engine) with prompt + tokens, until a second e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -29,13 +29,14 @@ from router.errors import (
     RequestTimeout,
 )
 from router.fleet import Fleet, Replica
-from router.metrics import Metrics
-from router.streams import Stream, TokenLogprob
+from router.metrics import Metrics, ModelMetrics
+from router.streams import Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
 from router.text.served import ServedModel
 
 MAX_DEATHS: Final = 2  # engines that may die under one request
 MAX_MOVES: Final = 8  # of one choice, for whatever reason
+MAX_PIECES: Final = 16  # of one choice and step: a reader far behind gets larger ones
 
 
 @dataclass(slots=True)
@@ -113,8 +114,8 @@ class First(NamedTuple):
     prompt_logprobs: list[TokenLogprob] | None
 
 
-class Progress(NamedTuple):
-    """One step of one choice; `first` only with its first step."""
+class Progress(msgspec.Struct, frozen=True, gc=False):
+    """One piece of one choice; `first` only with its first one."""
 
     choice: int
     piece: Piece
@@ -205,14 +206,19 @@ class Flow:
                 while running:
                     await alarm.wait()
                     rang = alarm.rang()
-                    step = [p for c in running if (p := self._advance(job, c)) is not None]
-                    running = [choice for choice in running if choice.finish is None]
+                    step: list[Progress] = []
+                    changed = False
+                    for choice in running:
+                        changed |= self._advance(job, choice, step)
+                    if changed:
+                        running = [choice for choice in running if choice.finish is None]
                     if step or rang:
                         yield step
                     if running:
                         if alarm.expired:
                             raise RequestTimeout("The request's time limit has passed.")
-                        self._place(job, running)
+                        if changed:
+                            self._place(job, running)
             finally:
                 alarm.stop()
                 self._alarms.discard(alarm)
@@ -220,7 +226,7 @@ class Flow:
                     self._fleet.close(choice.stream)
                 self._account(job, choices)
 
-    def _open(self, job: Job, event: asyncio.Event) -> list[_Choice]:
+    def _open(self, job: Job, event: WakeUp) -> list[_Choice]:
         max_len = self.max_len(job.model)
         choices: list[_Choice] = []
         for prompt in job.prompts:
@@ -230,7 +236,8 @@ class Flow:
             for _ in range(job.n):
                 stream = self._fleet.open(prompt, max_new, event)
                 stream.request_id = job.record.request_id
-                choices.append(_Choice(job, len(choices), stream, hashes))
+                series = self._metrics.of_model(job.model.name)
+                choices.append(_Choice(job, len(choices), stream, hashes, series))
         return choices
 
     def _place(self, job: Job, choices: Sequence[_Choice]) -> bool:
@@ -271,36 +278,38 @@ class Flow:
         if choice.moves > MAX_MOVES:
             raise Overloaded("The engines keep giving this request back.")
 
-    def _advance(self, job: Job, choice: _Choice) -> Progress | None:
-        """Takes what the engine sent for one choice. Raises EngineFailed."""
+    def _advance(self, job: Job, choice: _Choice, step: list[Progress]) -> bool:
+        """Takes what the engine sent for one choice and adds it to `step`.
+
+        True if the choice ended or has no engine. Raises EngineFailed, Overloaded.
+        """
         delta = choice.stream.take()
         end = None if delta.lost else delta.finish
-        if end is not None and end.reason == "abort":
-            raise Overloaded(end.detail or "The server is stopping.")
-        if end is not None and end.reason == "error":
-            logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
-            raise EngineFailed
+        if end is not None:
+            _raise_failure(job, end)
         if delta.prompt_logprobs is not None:
             choice.prompt_logprobs += delta.prompt_logprobs
         if not delta.tokens and end is None:
-            return None
-        piece = choice.push(delta.tokens, delta.logprobs, end)
+            return delta.lost
         first = None
         now = self._clock()
-        metrics = self._metrics.of_model(job.model.name)
         if choice.last_s is None:
             choice.first_s = now
             first = First(choice.stream.cached_tokens, choice.prompt_logprobs or None)
             if job.record.ttft_s is None:
                 job.record.ttft_s = now - job.record.started_s
-                metrics.ttft_s.observe(job.record.ttft_s)
+                choice.series.ttft_s.observe(job.record.ttft_s)
         elif delta.tokens:
-            metrics.itl_s.observe((now - choice.last_s) / len(delta.tokens))
+            choice.series.itl_s.observe((now - choice.last_s) / len(delta.tokens))
         choice.last_s = now
-        if choice.finish is not None:
-            # A matched stop string ends it here, while its engine still works on it.
-            self._fleet.close(choice.stream)
-        return Progress(choice.index, piece, first)
+        for piece in choice.push(delta, end):
+            step.append(Progress(choice.index, piece, first))
+            first = None
+        if choice.finish is None:
+            return delta.lost
+        # A matched stop string ends it here, while its engine still works on it.
+        self._fleet.close(choice.stream)
+        return True
 
     def _account(self, job: Job, choices: Sequence[_Choice]) -> None:
         """Sums of the request, for its log line and for the metrics."""
@@ -332,9 +341,12 @@ class Flow:
 class _Choice:
     """One choice of a job: its stream, its text, and what an engine must know to run it."""
 
-    def __init__(self, job: Job, index: int, stream: Stream, hashes: Sequence[int]) -> None:
+    def __init__(
+        self, job: Job, index: int, stream: Stream, hashes: Sequence[int], series: ModelMetrics
+    ) -> None:
         self.index = index
         self.stream = stream
+        self.series = series
         self.hashes = hashes  # of the prompt's blocks, for the choice of a replica
         self.prompt_logprobs: list[TokenLogprob] = []
         self.finish: FinishReason | None = None
@@ -364,16 +376,36 @@ class _Choice:
         """Tokens that count."""
         return self._text.num_tokens
 
-    def push(
-        self, tokens: list[int], logprobs: list[TokenLogprob] | None, end: Finish | None
-    ) -> Piece:
-        """The next tokens as text."""
+    def push(self, delta: Delta, end: Finish | None) -> list[Piece]:
+        """The next tokens as text, in one to MAX_PIECES pieces."""
+        tokens, logprobs = delta.tokens, delta.logprobs
         if self._prompt_only:  # the one token that the engine had to make is nobody's
             self.finish = "length"
-            return Piece("", [], [], "length")
-        piece = self._text.push(tokens, logprobs, end)
-        self.finish = piece.finish
-        return piece
+            return [Piece("", [], [], "length")]
+        if len(tokens) <= 1:
+            piece = self._text.push(tokens, logprobs, end)
+            self.finish = piece.finish
+            return [piece]
+        pieces: list[Piece] = []
+        size = -(-len(tokens) // MAX_PIECES)
+        for at in range(0, len(tokens), size):
+            until = at + size
+            known = None if logprobs is None else logprobs[at:until]
+            piece = self._text.push(tokens[at:until], known, end if until >= len(tokens) else None)
+            pieces.append(piece)
+            self.finish = piece.finish
+            if self.finish is not None:
+                break  # tokens behind a stop string do not count
+        return pieces
+
+
+def _raise_failure(job: Job, end: Finish) -> None:
+    """Raises Overloaded or EngineFailed for an end that is no natural one."""
+    if end.reason == "abort":
+        raise Overloaded(end.detail or "The server is stopping.")
+    if end.reason == "error":
+        logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
+        raise EngineFailed
 
 
 @asynccontextmanager
@@ -408,7 +440,7 @@ class Alarm:
     """
 
     def __init__(self, clock: Callable[[], float], deadline_s: float | None) -> None:
-        self.event = asyncio.Event()
+        self.event = WakeUp()
         self.deadline_s = deadline_s
         self._clock = clock
         self._ping_s = 0.0
@@ -430,10 +462,9 @@ class Alarm:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def wait(self) -> None:
+    def wait(self) -> Awaitable[None]:
         """Returns when something may have changed."""
-        await self.event.wait()
-        self.event.clear()
+        return self.event.wait()
 
     def rang(self) -> bool:
         """True once for each ring of the timer."""

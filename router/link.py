@@ -14,7 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import zmq
 
@@ -22,6 +22,7 @@ from engine.protocol import MAX_FRAME_BYTES
 
 HIGH_WATER_FRAMES: Final = 4096  # queued per engine and direction; a full queue says "full"
 FRAMES_PER_WAKE: Final = 64
+READABLE: Final = int(zmq.POLLIN)  # the flag itself is ten times as slow
 FOLDER_PREFIX: Final = "router-"
 LOCK_NAME: Final = "lock"
 MAX_ENDPOINT_BYTES: Final = 100  # a Unix socket path ends at 107
@@ -88,13 +89,17 @@ class IpcLink:
     def drain(self) -> None:
         """Read what is there, at most a batch, then let others run."""
         for _ in range(FRAMES_PER_WAKE):
-            if self._socket is None:
+            socket = self._socket
+            if socket is None:
                 return
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._receive(parts[0], parts[1] if len(parts) == 2 else b"")
+            # asking costs half of the exception; the receiver may have closed the socket
+            if socket.closed or not cast("int", socket.getsockopt(zmq.EVENTS)) & READABLE:
+                return
         if self._loop is not None:
             self._loop.call_soon(self.drain)
 

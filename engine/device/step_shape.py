@@ -73,7 +73,7 @@ def first_shapes(decode: tuple[int, ...], long_tile: int) -> list[StepShape]:
     rows = [StepShape(size, size, 0, tile_of(1, long_tile)) for size in decode]
     prompts = [_with_prompts(size, 0, tile_of(size, long_tile)) for size in _PROMPT_TOKENS]
     mixed = [
-        _with_prompts(tokens, min(beside, decode[-1]), long_tile)
+        _with_prompts(tokens, min(beside, decode[-1]), tile_of(tokens, long_tile))
         for tokens in _USUAL_TOKENS
         for beside in _MIXED_ROWS
         if beside < tokens and (beside == _MIXED_ROWS[0] or beside // 2 < decode[-1])

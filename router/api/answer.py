@@ -15,7 +15,7 @@ from starlette.types import Send
 
 from router.api.http import send_json
 from router.api.sse import DONE, PING, ChunkTemplate, EventStream
-from router.flow import First, Job, Progress
+from router.flow import First, Job, Progress, RequestRecord
 from router.text.assembly import Entry, FinishReason
 
 
@@ -35,8 +35,9 @@ class AnswerForm(Protocol):
         members of the chunk itself."""
         ...
 
-    def is_plain(self, progress: Progress) -> bool:
-        """True if text is all that this progress has to tell."""
+    @property
+    def tells_tokens(self) -> bool:
+        """False if a progress without log-probabilities has nothing to tell but text."""
         ...
 
     def chunk(self, progress: Progress) -> dict[str, Any]:
@@ -74,29 +75,17 @@ class WholeChoice:
         self.finish = piece.finish
 
 
-class Usage:
-    """Token counts of one request: a prompt counts once, however many choices it has."""
+def usage_of(record: RequestRecord) -> dict[str, Any]:
+    """OpenAI's usage object of a generation that is over.
 
-    def __init__(self, job: Job) -> None:
-        self._prompt_tokens = sum(len(prompt) for prompt in job.prompts)
-        self._n = job.n
-        self._cached_tokens = 0
-        self._completion_tokens = 0
-
-    def add(self, progress: Progress) -> None:
-        """Counts the tokens of one step, hidden end tokens included."""
-        self._completion_tokens += len(progress.piece.tokens)
-        if progress.first is not None and progress.choice % self._n == 0:
-            self._cached_tokens += progress.first.cached_tokens
-
-    def value(self) -> dict[str, Any]:
-        """OpenAI's usage object."""
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
-        }
+    A prompt counts once, however many choices it has; hidden end tokens count.
+    """
+    return {
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "total_tokens": record.prompt_tokens + record.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+    }
 
 
 async def answer_whole(
@@ -104,13 +93,11 @@ async def answer_whole(
 ) -> None:
     """Runs the generation to its end, then sends one JSON body."""
     choices = [WholeChoice(index) for index in range(job.num_choices)]
-    usage = Usage(job)
     async with aclosing(steps):
         async for step in steps:
             for progress in step:
-                usage.add(progress)
                 choices[progress.choice].add(progress)
-    await send_json(send, form.whole(choices, usage.value()))
+    await send_json(send, form.whole(choices, usage_of(job.record)))
 
 
 async def answer_stream(
@@ -121,15 +108,17 @@ async def answer_stream(
     *,
     include_usage: bool,
 ) -> None:
-    """Sends events as tokens come, one write per step.
+    """Sends events as tokens come, one write per step; the last step's go out with `[DONE]`.
 
     The headers go out once the request is placed on an engine; steps without news become comments,
     so that no proxy takes a long prefill for a dead line.
     """
     events = EventStream(send)
     chunks = form.chunks(include_usage=include_usage)
-    usage = Usage(job)
+    tells_tokens = form.tells_tokens
+    num_running = job.num_choices
     started = False
+    last: list[bytes] = []
     async with aclosing(steps):
         async for step in steps:
             if not started:
@@ -140,11 +129,19 @@ async def answer_stream(
                 await events.write(PING)
             data: list[bytes] = []
             for progress in step:
-                usage.add(progress)
-                data += _events(chunks, form, progress)
-            if data:
-                await events.write(b"".join(data))
-    await events.close((chunks.usage(usage.value()) if include_usage else b"") + DONE)
+                piece = progress.piece
+                if tells_tokens or piece.entries or piece.finish or progress.first is not None:
+                    data += _events(chunks, form, progress)
+                    num_running -= piece.finish is not None
+                elif piece.text:  # the usual case
+                    data.append(chunks.text(progress.choice, piece.text))
+            if not num_running:
+                last = data
+            elif data:
+                await events.write(data[0] if len(data) == 1 else b"".join(data))
+    if include_usage:
+        last.append(chunks.usage(usage_of(job.record)))
+    await events.close(b"".join([*last, DONE]))
 
 
 def _openings(chunks: ChunkTemplate, form: AnswerForm, job: Job) -> bytes:
@@ -159,11 +156,10 @@ def _events(chunks: ChunkTemplate, form: AnswerForm, progress: Progress) -> list
         before = form.first(progress.choice, progress.first)
         if before is not None:
             parts.append(chunks.choice(*before))
-    if form.is_plain(progress):
-        if piece.text:
-            parts.append(chunks.text(progress.choice, piece.text))
-    else:
+    if form.tells_tokens or piece.entries:
         parts.append(chunks.choice(form.chunk(progress)))
+    elif piece.text:
+        parts.append(chunks.text(progress.choice, piece.text))
     if piece.finish is not None:
         parts.append(chunks.choice(form.last(progress.choice, piece.finish)))
     return parts

@@ -124,8 +124,9 @@ class ChatForm:
             return None
         return self._choice(index, {}), {"prompt_token_ids": self._job.prompts[0]}
 
-    def is_plain(self, progress: Progress) -> bool:
-        return not progress.piece.entries and not self._with_tokens
+    @property
+    def tells_tokens(self) -> bool:
+        return self._with_tokens
 
     def chunk(self, progress: Progress) -> dict[str, Any]:
         piece = progress.piece

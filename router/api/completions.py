@@ -5,6 +5,7 @@ Owns the forms of a prompt and the JSON of completion answers. Must not know eng
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, TypeGuard
 
 from starlette.types import Receive, Scope, Send
@@ -135,8 +136,9 @@ class CompletionForm:
             choice["token_ids"] = []
         return choice, {}
 
-    def is_plain(self, progress: Progress) -> bool:
-        return not progress.piece.entries and not self._with_tokens
+    @property
+    def tells_tokens(self) -> bool:
+        return self._with_tokens
 
     def chunk(self, progress: Progress) -> dict[str, Any]:
         piece = progress.piece
@@ -167,7 +169,7 @@ class CompletionForm:
             whole["token_ids"] = choice.tokens
         return whole
 
-    def _logprobs(self, index: int, entries: list[Entry]) -> dict[str, Any]:
+    def _logprobs(self, index: int, entries: Sequence[Entry]) -> dict[str, Any]:
         shift = len(self._echo[index // self._job.n])
         return completion_logprobs(entries, self._names, shift)
 

@@ -7,6 +7,7 @@ Order of events (api policy P8): role chunks, text, one finish per choice, usage
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -96,9 +97,9 @@ class EventStream:
         """Sends the headers; from here on a failure can only be an event."""
         await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
 
-    async def write(self, events: bytes) -> None:
+    def write(self, events: bytes) -> Awaitable[None]:
         """Sends whole events, as many as are ready, in one write."""
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        return self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def close(self, events: bytes = DONE) -> None:
         """Sends the last events and ends the response."""

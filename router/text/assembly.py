@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from engine.protocol import Finish
 from router.streams import TokenLogprob
 from router.text.detokenizer import Detokenizer
@@ -49,12 +51,15 @@ class Entry(NamedTuple):
     offset: int
 
 
-class Piece(NamedTuple):
-    """What some tokens added to a choice. `tokens` are all that count, hidden ones included."""
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """What some tokens added to a choice. `tokens` are all that count, hidden ones included.
+
+    A struct, as it is made once per token.
+    """
 
     text: str
     tokens: list[int]
-    entries: list[Entry]
+    entries: Sequence[Entry]
     finish: FinishReason | None
 
 
@@ -89,6 +94,9 @@ class ChoiceText:
         `end` must be a natural one (`stop` or `length`). After a piece with `finish` set, nothing
         may be pushed any more; tokens behind a matched stop string are dropped and not counted.
         """
+        if end is None and not self._step_by_token:  # the usual case
+            self.num_tokens += len(tokens)
+            return Piece(self._detokenizer.push(tokens), tokens, (), None)
         reason: FinishReason | None = None
         if end is not None:
             reason = "stop" if end.reason == "stop" else "length"
@@ -102,7 +110,7 @@ class ChoiceText:
             text += self._detokenizer.flush()
             self.finish = reason
         self.num_tokens += len(tokens)
-        return Piece(text, tokens, [], reason)
+        return Piece(text, tokens, (), reason)
 
     def _push_each(
         self,

@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from router.api.http import MAX_BODY_BYTES
 from router.flow import FlowSettings
+from router.streams import WakeUp
 from tests.router_parts import (
     MAX_LEN,
     MODEL,
@@ -114,11 +115,44 @@ async def test_streamed_chat_028_030_043_069(router: Router) -> None:
     }
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert all("role" not in e["choices"][0]["delta"] for e in events[1:-1])
-    assert [e["choices"][0]["finish_reason"] for e in events[:-1]] == [None] * 4 + ["stop"]
+    reasons = [e["choices"][0]["finish_reason"] for e in events[:-1]]
+    assert reasons == [None] * (len(events) - 2) + ["stop"]
     assert all(e["usage"] is None for e in events[:-1])
     assert events[-1]["choices"] == []
     assert events[-1]["usage"] == (await chat(router.app)).json()["usage"]
     assert joined(answer) == "Hello wörld"
+
+
+async def test_one_wake_up_and_one_write_per_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[WakeUp] = []
+
+    async def counted(self: WakeUp, wait: Any = WakeUp.wait) -> None:
+        waits.append(self)
+        await wait(self)
+
+    monkeypatch.setattr(WakeUp, "wait", counted)
+    text = "abcdefghij"
+    async with router_parts(folder, lambda _prompt: text_play(*text)) as parts:
+        answer = await complete(parts.app, stream=True)
+    assert joined(answer) == text
+    assert len(waits) <= len(text) + 1  # and the end
+    texts = [part for part in answer.parts if b'"text":"' in part]
+    assert [part.count(b"data: ") for part in texts] == [1] * (len(text) - 1) + [3]
+    assert answer.parts[-1] == texts[-1]  # the last token, the finish and [DONE]
+
+
+@pytest.mark.parametrize(("length", "events"), [(2, 2), (15, 15), (16, 8), (100, 15)])
+async def test_tokens_that_come_together_are_events_of_one_write(
+    folder: Path, length: int, events: int
+) -> None:
+    text = "x" * length
+    async with router_parts(folder, lambda _prompt: text_play(text)) as parts:
+        answer = await complete(parts.app, stream=True, max_tokens=200)
+    assert joined(answer) == text
+    (written,) = [part for part in answer.parts if b'"text":"x' in part]
+    assert written.count(b'"text":"x') == events  # of at most 16 pieces, end token included
 
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])

@@ -48,3 +48,18 @@ def test_vllm_names_show_the_same_values() -> None:
 def test_series_of_a_model_are_bound_once() -> None:
     metrics = Metrics()
     assert metrics.of_model("m") is metrics.of_model("m")
+
+
+def test_gaps_are_a_histogram_like_the_others() -> None:
+    metrics = Metrics()
+    series = metrics.of_model("m")
+    for value in (0.0, 0.001, 0.0011, 0.5, 80.0, 81.0):
+        series.itl_s.observe(value)
+        series.ttft_s.observe(value)
+    got = metrics.render().decode().splitlines()
+    gaps = [line for line in got if "inter_token_latency" in line]
+    others = [line for line in got if "time_to_first_token" in line]
+    assert [line.replace("inter_token_latency", "time_to_first_token") for line in gaps[1:]] == (
+        others[1:]  # but for the help text
+    )
+    assert len(gaps) == 2 + 19 + 2

@@ -15,7 +15,7 @@ from engine.protocol import (
     pack_floats,
     pack_tokens,
 )
-from router.streams import Delta, StreamTable, TokenLogprob, deliver
+from router.streams import Delta, StreamTable, TokenLogprob, WakeUp, deliver
 
 VOCAB = 100
 
@@ -40,6 +40,23 @@ async def test_take_coalesces_and_wakes_once() -> None:
     assert stream.tokens == [5, 6, 7, 8]
 
 
+async def test_a_wake_up_survives_a_cancelled_waiter() -> None:
+    event = WakeUp()
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    event.set()  # before the cancellation is seen
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert waiting.cancelled()
+    await event.wait()
+    again = asyncio.ensure_future(event.wait())
+    await asyncio.sleep(0)
+    assert not again.done()
+    event.set()
+    event.set()
+    await again
+
+
 async def test_the_first_end_is_the_only_one() -> None:
     stream = StreamTable().open([1], 10)
     stream.end(Finish(stream.id, "length"))
@@ -49,7 +66,7 @@ async def test_the_first_end_is_the_only_one() -> None:
 
 
 async def test_choices_of_one_request_share_an_event() -> None:
-    table, event = StreamTable(), asyncio.Event()
+    table, event = StreamTable(), WakeUp()
     first, second = table.open([1], 4, event), table.open([1], 4, event)
     second.append([3])
     await first.wait()
