@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
         "card": card,
         "torch": importlib.metadata.version("torch"),
         "commit": args.commit or facts["commit"],
-        "client": client[-1],
+        "client": Path(client[-1]).name,
         "router_args": args.router_args,
     }
     path: Path = args.save or ROOT / "bench" / "results" / f"{slug(card)}-{facts['date']}.json"
