@@ -15,6 +15,8 @@ from engine.quant.base import DenseLinear
 from engine.quant.dense_gpu import DenseGpuLinear, dense_gpu_method
 from engine.quant.fast_products import FastProducts
 
+pytestmark = pytest.mark.slow  # interpreted, where there is no card
+
 ROWS = [1, 2, 8, 16, 17]
 SIZE, INNER = 48, 144  # no multiples of the tiles
 TOLERANCE = 2e-3  # of the largest value, float16

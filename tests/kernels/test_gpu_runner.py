@@ -27,6 +27,8 @@ from engine.device.gpu_batch import GpuBatch
 from engine.device.gpu_runner import GpuRunner, RunnerSettings
 from engine.kernels.fused import TritonKernels
 
+pytestmark = pytest.mark.slow  # interpreted, where there is no card
+
 BLOCKS, BLOCK, MAX_LEN, MAX_BATCH = 48, 8, 128, 6
 PROMPTS = [
     [20 + (7 * i + n) % 200 for i in range(length)] for n, length in enumerate([5, 1, 21, 9])

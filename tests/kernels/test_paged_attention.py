@@ -34,6 +34,8 @@ from engine.attention.paged_prefill import (
 )
 from engine.kernels.launch import interpreted
 
+pytestmark = pytest.mark.slow  # interpreted, where there is no card
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 PLAIN = AttentionRule(0.3)
 # An entry behind a row's own blocks: whoever reads there faults.

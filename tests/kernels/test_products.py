@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from engine.kernels.gemv import Epilogue, GemvConfig, gemv, gemv_gated
 from engine.kernels.skinny import SkinnyConfig, skinny, skinny_gated
 
+pytestmark = pytest.mark.slow  # interpreted, where there is no card
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Parts of the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

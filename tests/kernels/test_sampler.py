@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from engine.kernels.sampler import SampledRows, SamplerParams, sample_rows
 
+pytestmark = pytest.mark.slow  # interpreted, where there is no card
+
 VOCAB = 5000
 
 
