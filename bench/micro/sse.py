@@ -35,7 +35,7 @@ from router.text.served import ModelTable, ServedModel
 from tools.tiny_model import FIRST_BYTE, write_tiny_model
 
 FORMAT_BUDGET_US = 2.0
-PATH_BUDGET_US = 15.0
+PATH_BUDGET_US = 30.0
 STREAMS = 64
 STEPS = 200
 ROUNDS = 20_000
