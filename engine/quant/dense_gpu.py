@@ -52,7 +52,8 @@ class DenseGpuLinear:
 
 def dense_gpu_method(device: torch.device, dtype: torch.dtype) -> LinearMethod:
     """Our kernels where they can run and weights have 16 bits, else torch's product."""
-    if not has_triton() or device.type != "cuda" or dtype == torch.float32:
+    usable = device.type == "cuda" and torch.cuda.is_available() and has_triton()
+    if not usable or dtype == torch.float32:
         return DenseLinear
     from engine.quant.fast_products import FastProducts  # imports Triton
 

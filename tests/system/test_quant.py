@@ -33,16 +33,16 @@ def test_float32(exact: Figures) -> None:
     assert exact.tokens > 1500
     assert 15 < exact.perplexity < 30  # it reads the text, and does not know it by heart
     assert exact.linear_share == 2.0
-    assert exact.peak_share < 1.15 or figures("none").peak_share < 1.15
+    assert exact.peak_share < 1.2
 
 
 def test_int8(exact: Figures) -> None:
     found = figures("int8")
     assert found.perplexity == pytest.approx(exact.perplexity, rel=0.005)
     assert found.linear_share <= 0.53
-    # What the allocator keeps differs from load to load, by 5 % of so small a model: a second copy
-    # would be there each time.
-    assert found.peak_share < 1.15 or figures("int8").peak_share < 1.15
+    # 1.08 to 1.153 were seen, as what the allocator keeps differs from load to load; a second copy
+    # of the layers would be 1.5 and more.
+    assert found.peak_share < 1.2
     demand = Demand("m", read_checkpoint(demo_model()), quant="int8")
     [planned] = plan([demand], {"cpu": 8 * GIB}).engines
     assert planned.weights_bytes == pytest.approx(found.weights_bytes, rel=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ from tests.generation import Driver
 
 TOLERANCE = 1e-4
 HIDDEN = torch.arange(24, dtype=torch.float32).view(6, 4)
+
+
+def add(slots: SlotPooling, *step: Any) -> tuple[dict[int, bytes], dict[int, str]]:
+    """What one step completes, read at once."""
+    pooled = slots.add(*step)
+    return ({}, {}) if pooled is None else pooled.read()
 
 
 def admit(slot: int, length: int, pooling: Pooling | None) -> Admit:
@@ -56,11 +63,11 @@ def test_a_vector_is_gathered_over_chunks(
     start = 0
     for count in chunks:
         part = HIDDEN[start : start + count]
-        done, failed = slots.add([row(3, start, count)], [count - 1], part, double)
+        done, failed = add(slots, [row(3, start, count)], [count - 1], part, double)
         start += count
         assert (list(done), failed) == ([0] if start == 6 else [], {})
     assert unpack_floats(done[0]) == pytest.approx(expected, rel=1e-6)
-    assert slots.add([row(3, 0, 6)], [5], HIDDEN, double) == ({}, {}), "it is told once"
+    assert add(slots, [row(3, 0, 6)], [5], HIDDEN, double) == ({}, {}), "it is told once"
 
 
 def test_rows_are_found_by_their_last_token_and_others_are_left_alone() -> None:
@@ -68,7 +75,7 @@ def test_rows_are_found_by_their_last_token_and_others_are_left_alone() -> None:
     raw = Pooling(normalize=False)
     slots.admit([admit(0, 2, raw), admit(1, 9, None), admit(2, 1, raw)])
     rows = [row(0, 0, 2), row(1, 4, 3), row(2, 0, 1)]
-    done, failed = slots.add(rows, [2, 5, 0], HIDDEN, lambda states: states)
+    done, failed = add(slots, rows, [2, 5, 0], HIDDEN, lambda states: states)
     assert (set(done), failed) == ({0, 2}, {})
     assert unpack_floats(done[0]) == [6.0, 7.0, 8.0, 9.0]
     assert unpack_floats(done[2]) == [0.0, 1.0, 2.0, 3.0]
@@ -77,13 +84,13 @@ def test_rows_are_found_by_their_last_token_and_others_are_left_alone() -> None:
 def test_an_admission_begins_anew_and_ends_what_the_slot_had() -> None:
     slots = SlotPooling()
     slots.admit([admit(0, 6, Pooling(normalize=False))])
-    assert slots.add([row(0, 0, 4)], [3], HIDDEN, double) == ({}, {})
+    assert add(slots, [row(0, 0, 4)], [3], HIDDEN, double) == ({}, {})
     slots.admit([admit(0, 6, Pooling(normalize=False))])
-    done, _failed = slots.add([row(0, 0, 6)], [5], HIDDEN, double)
+    done, _failed = add(slots, [row(0, 0, 6)], [5], HIDDEN, double)
     assert unpack_floats(done[0]) == [20.0, 22.0, 24.0, 26.0]
     slots.admit([admit(0, 6, Pooling())])
     slots.admit([admit(0, 6, None)])
-    assert slots.add([row(0, 0, 6)], [5], HIDDEN, double) == ({}, {})
+    assert add(slots, [row(0, 0, 6)], [5], HIDDEN, double) == ({}, {})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -94,7 +101,7 @@ def test_a_vector_that_is_not_finite_fails_its_row_alone(value: float, normalize
     slots.admit([admit(0, 3, pooling), admit(1, 3, pooling)])
     hidden = HIDDEN.clone()
     hidden[4, 1] = value
-    done, failed = slots.add([row(0, 0, 3), row(1, 0, 3)], [2, 5], hidden, double)
+    done, failed = add(slots, [row(0, 0, 3), row(1, 0, 3)], [2, 5], hidden, double)
     assert list(done) == [0]
     assert failed == {1: "the model produced no finite embedding"}
 
@@ -103,7 +110,7 @@ def test_long_vectors_are_scaled_whatever_their_values() -> None:
     slots = SlotPooling()
     slots.admit([admit(0, 1, Pooling()), admit(1, 1, Pooling())])
     hidden = torch.tensor([[3e30, 4e30], [0.0, 0.0]])
-    done, _failed = slots.add([row(0, 0, 1), row(1, 0, 1)], [0, 1], hidden, lambda s: s)
+    done, _failed = add(slots, [row(0, 0, 1), row(1, 0, 1)], [0, 1], hidden, lambda s: s)
     assert unpack_floats(done[0]) == pytest.approx([0.6, 0.8])
     assert unpack_floats(done[1]) == [0.0, 0.0]
 
@@ -112,7 +119,7 @@ def test_low_precision_states_are_summed_in_float32() -> None:
     slots = SlotPooling()
     slots.admit([admit(0, 4096, Pooling(normalize=False))])
     hidden = torch.full((4096, 2), 1.0, dtype=torch.bfloat16)
-    done, _failed = slots.add([row(0, 0, 4096)], [4095], hidden, lambda states: states)
+    done, _failed = add(slots, [row(0, 0, 4096)], [4095], hidden, lambda states: states)
     assert unpack_floats(done[0]) == [1.0, 1.0]
 
 
