@@ -1,4 +1,4 @@
-"""Who may work now: permits per model, one bounded first-in-first-out queue before them.
+"""Who may work now: permits per model, and one bounded queue before them, fair between keys.
 
 Owns the permits and the waiters. A model has (ready replicas x max-concurrency) permits, and a part
 of that number for embeddings if it also generates; the number is asked for and never kept. Must
@@ -13,12 +13,15 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from router.errors import Overloaded, RequestTimeout
+from router.errors import Overloaded, RateLimited, RequestError, RequestTimeout
+from router.fairness import Line, Ticket
 
-RATE_WINDOW: Final = 64  # releases the service rate is measured over
+RATE_WINDOW: Final = 64  # permits given back that the service rate is measured over
 MAX_RETRY_AFTER_S: Final = 60
+MAX_QUEUE_TOKENS: Final = 4_000_000
 EMBEDDING_SHARE: Final = 4  # one of so many: a request of many texts fills an engine by itself
 
 
@@ -31,34 +34,73 @@ class GateView(NamedTuple):
     permits: int
 
 
+class QueueBounds(NamedTuple):
+    """How many requests may wait for one model, and how many tokens they may have together."""
+
+    requests: int
+    tokens: int = MAX_QUEUE_TOKENS
+
+    def is_full(self, requests: int, tokens: int, more: int) -> bool:
+        """Whether a request of `more` tokens has no room. One alone always fits by its tokens."""
+        return requests >= self.requests or (requests > 0 and tokens + more > self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request is expected to cost, whose it is, its place among others of its key, and
+    whether it is for embeddings."""
+
+    tokens: int = 1
+    tenant: bytes = b""
+    priority: int = 0
+    embeds: bool = False
+
+
+ANYONE: Final = Ask()
+
+
 class ServiceRate:
-    """How fast permits come back, and when the next refused client should return."""
+    """How fast tokens are served, and when the next refused client should return."""
 
     def __init__(self) -> None:
-        self._released_s: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._served: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
         self._promised_s = 0.0
 
-    def released(self, now: float) -> None:
-        """A permit came back."""
-        self._released_s.append(now)
+    def served(self, now: float, tokens: int) -> None:
+        """A permit came back after so many tokens."""
+        self._served.append((now, max(1, tokens)))
 
-    def per_second(self, now: float) -> float:
-        """Permits per second over the last releases; 1 as long as nothing is known."""
-        if len(self._released_s) < 2:
-            return 1.0
-        span_s = max(now - self._released_s[0], 1e-3)
-        return (len(self._released_s) - 1) / span_s
+    def tokens_per_s(self, now: float) -> float | None:
+        """Over the last permits that came back; None as long as nothing is known."""
+        if len(self._served) < 2:
+            return None
+        span_s = max(now - self._served[0][0], 1e-3)
+        return sum(tokens for _, tokens in list(self._served)[1:]) / span_s
 
-    def retry_after_s(self, now: float, waiting: int) -> int:
-        """Whole seconds, at least 1, until a slot that no one else was promised.
+    def retry_after_s(self, now: float, waiting: int, tokens: int) -> int:
+        """Whole seconds, at least 1, until a slot for `tokens` that no one else was promised.
 
-        Each refusal takes the next free slot, so that a crowd comes back spread over time.
+        `waiting` tokens are in the queue. Each refusal takes the next free slot, so that a crowd
+        comes back spread over time.
         """
-        step_s = 1 / self.per_second(now)
+        rate = self.tokens_per_s(now)
+        step_s = 1.0 if rate is None else tokens / rate
+        ahead_s = 0.0 if rate is None else waiting / rate / 2
         latest_s = now + MAX_RETRY_AFTER_S
         # half the queue must be gone, else a client comes back to a queue that is full again
-        self._promised_s = min(max(self._promised_s, now + waiting * step_s / 2) + step_s, latest_s)
+        self._promised_s = min(max(self._promised_s, now + ahead_s) + step_s, latest_s)
         return max(1, math.ceil(self._promised_s - now))
+
+
+class Permit:
+    """The right to work. Who holds it says what the work cost; else the estimate stands."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = max(1, tokens)
+
+    def settle(self, tokens: int) -> None:
+        """So many tokens it was."""
+        self.tokens = max(1, tokens)
 
 
 class Gate:
@@ -68,14 +110,19 @@ class Gate:
     """
 
     def __init__(
-        self, model: str, max_queue: int, permits: Callable[[], int], clock: Callable[[], float]
+        self,
+        model: str,
+        bounds: QueueBounds,
+        permits: Callable[[], int],
+        clock: Callable[[], float],
     ) -> None:
         self.model = model
-        self._max_queue = max_queue
+        self._bounds = bounds
         self._permits = permits
         self._clock = clock
         self._used = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._line = Line()
+        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._rate = ServiceRate()
         self._closed: str | None = None
 
@@ -84,23 +131,29 @@ class Gate:
         return GateView(self.model, len(self._waiters), self._used, self._permits())
 
     @asynccontextmanager
-    async def permit(self, deadline_s: float | None) -> AsyncGenerator[None]:
+    async def permit(
+        self, deadline_s: float | None = None, ask: Ask = ANYONE
+    ) -> AsyncGenerator[Permit]:
         """Hold one permit. `deadline_s` (of the clock) bounds the wait for it.
 
-        Raises Overloaded when the queue is full or closed, RequestTimeout at the deadline. A caller
-        that is cancelled leaves the queue at once.
+        Raises Overloaded when the queue is full or closed, RateLimited when it is full of this
+        key's requests, RequestTimeout at the deadline. A caller that is cancelled leaves the queue
+        at once.
         """
-        await self._acquire(deadline_s)
+        ticket = Ticket(ask.tenant, max(1, ask.tokens), ask.priority)
+        await self._acquire(ticket, deadline_s)
+        permit = Permit(ask.tokens)
         try:
-            yield
+            yield permit
         finally:
-            self._rate.released(self._clock())
+            self._rate.served(self._clock(), permit.tokens)
+            self._line.settle(ticket, permit.tokens)
             self._give_back()
 
     def refresh(self) -> None:
         """The number of permits may have grown."""
-        while self._waiters and self._used < self._permits():
-            waiter = self._waiters.popleft()
+        while self._line.size and self._used < self._permits():
+            waiter = self._waiters.pop(self._line.pop())
             if not waiter.done():
                 self._used += 1
                 waiter.set_result(None)
@@ -111,33 +164,28 @@ class Gate:
 
     def evict(self, reason: str) -> None:
         """Refuse those who wait."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_exception(Overloaded(reason))
+        for ticket in list(self._waiters):
+            self._refuse(ticket, Overloaded(reason))
 
-    def refusal(self) -> Overloaded:
-        """The answer for a full queue, with an honest Retry-After."""
-        retry_after_s = self._rate.retry_after_s(self._clock(), len(self._waiters))
-        return Overloaded(
-            f"The queue for model '{self.model}' is full; try again in {retry_after_s} s.",
-            retry_after_s=retry_after_s,
-        )
+    def _refuse(self, ticket: Ticket, error: RequestError) -> None:
+        self._line.remove(ticket)
+        waiter = self._waiters.pop(ticket)
+        if not waiter.done():
+            waiter.set_exception(error)
 
     def _give_back(self) -> None:
         self._used -= 1
         self.refresh()
 
-    async def _acquire(self, deadline_s: float | None) -> None:
+    async def _acquire(self, ticket: Ticket, deadline_s: float | None) -> None:
         if self._closed is not None:
             raise Overloaded(self._closed)
-        if not self._waiters and self._used < self._permits():
+        if not self._line.size and self._used < self._permits():
             self._used += 1
             return
-        if len(self._waiters) >= self._max_queue:
-            raise self.refusal()
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        self._make_room(ticket)
+        waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
+        self._line.push(ticket)
         admitted = False
         try:
             async with asyncio.timeout(_left_s(deadline_s, self._clock())):
@@ -149,12 +197,44 @@ class Gate:
             ) from error
         finally:
             if not admitted:
-                self._leave(waiter)
+                self._leave(ticket, waiter)
 
-    def _leave(self, waiter: asyncio.Future[None]) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+    def _make_room(self, ticket: Ticket) -> None:
+        """A full queue drops from the key that fills it most. Raises Overloaded, RateLimited."""
+        line, bounds = self._line, self._bounds
+        while bounds.is_full(line.size, line.tokens, ticket.tokens):
+            last = line.last_of_heaviest()
+            own = line.tokens_of(ticket.tenant) + ticket.tokens
+            if last is None or last.tenant == ticket.tenant or line.tokens_of(last.tenant) <= own:
+                raise self._refusal(ticket)
+            self._refuse(last, self._slow_down(last))
+
+    def _refusal(self, ticket: Ticket) -> RequestError:
+        """The answer for a full queue, with an honest Retry-After."""
+        if self._line.tokens_of(ticket.tenant) < self._line.tokens:
+            return self._slow_down(ticket)  # others wait too, and this key has its share
+        retry_after_s = self._retry_after_s(ticket)
+        return Overloaded(
+            f"The queue for model '{self.model}' is full; try again in {retry_after_s} s.",
+            retry_after_s=retry_after_s,
+        )
+
+    def _slow_down(self, ticket: Ticket) -> RateLimited:
+        retry_after_s = self._retry_after_s(ticket)
+        return RateLimited(
+            f"The queue for model '{self.model}' is full and this key has its share of it; try "
+            f"again in {retry_after_s} s.",
+            retry_after_s=retry_after_s,
+        )
+
+    def _retry_after_s(self, ticket: Ticket) -> int:
+        return self._rate.retry_after_s(self._clock(), self._line.tokens, ticket.tokens)
+
+    def _leave(self, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
+        if self._waiters.pop(ticket, None) is not None:
+            self._line.remove(ticket)
         elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            self._line.settle(ticket, 0)
             self._give_back()  # granted in the moment its owner gave up
 
 
@@ -174,11 +254,15 @@ class Admission:
         self._embedding_gates = {gate.model: gate for gate in embedding_gates}
 
     def permit(
-        self, model: str, deadline_s: float | None = None, *, embeds: bool = False
-    ) -> contextlib.AbstractAsyncContextManager[None]:
+        self,
+        model: str,
+        deadline_s: float | None = None,
+        ask: Ask = ANYONE,
+    ) -> contextlib.AbstractAsyncContextManager[Permit]:
         """See `Gate.permit`. Raises KeyError for a model that is not served."""
         gate = self._gates[model]
-        return (self._embedding_gates.get(model, gate) if embeds else gate).permit(deadline_s)
+        chosen = self._embedding_gates.get(model, gate) if ask.embeds else gate
+        return chosen.permit(deadline_s, ask)
 
     def refresh(self, model: str) -> None:
         """A replica of `model` became ready."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import socket
 
     from engine.config import QuantName
-    from router.admission import Admission
+    from router.admission import Admission, QueueBounds
     from router.devices import Card
     from router.fleet import Fleet
     from router.link import IpcLink
@@ -377,30 +377,38 @@ async def _run(
     listener: socket.socket,
     lines: BackgroundLines,
 ) -> int:
+    from router.admission import QueueBounds
     from router.app import Parts, build_app
     from router.embed_flow import EmbedFlow
     from router.fleet import Fleet
-    from router.flow import Flow, FlowSettings
+    from router.flow import Flow
     from router.lifecycle import Lifecycle
     from router.metrics import Metrics, QueueSample
     from router.streams import StreamTable
     from router.supervisor import Supervisor
     from router.text.pool import TextPool
     from router.text.served import ModelTable
+    from router.waiting import FlowSettings
 
     limits = config.limits
     most = limits.max_concurrency or max(spec.config.max_batch for spec in specs)
     metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
     table = StreamTable()
     fleet = Fleet([spec.model for spec in specs], table, link, metrics, time.monotonic)
-    admission = _admission(most, limits.max_queue, models, fleet)
+    bounds = QueueBounds(limits.max_queue, limits.max_queue_tokens)
+    admission = _admission(most, bounds, models, fleet)
     supervisor = Supervisor(specs, fleet, metrics, on_fatal=limits.on_fatal, clock=time.monotonic)
     life = Lifecycle(fleet, link, supervisor, admission, table, metrics)
     metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
     metrics.add_replicas(fleet.samples)
     metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
     pool = TextPool()
-    settings = FlowSettings(limits.request_timeout_s, max_concurrency=most)
+    settings = FlowSettings(
+        request_timeout_s=limits.request_timeout_s,
+        queue_timeout_s=limits.queue_timeout_s,
+        first_token_timeout_s=limits.first_token_timeout_s,
+        max_concurrency=most,
+    )
     flow = Flow(fleet, admission, metrics, settings, time.monotonic)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
     keys = config.http.api_keys
@@ -416,15 +424,17 @@ async def _run(
         pool.close()
 
 
-def _admission(most: int, max_queue: int, models: list[ServedModel], fleet: Fleet) -> Admission:
-    """Up to `most` requests in each replica, `max_queue` waiting for each model."""
+def _admission(
+    most: int, bounds: QueueBounds, models: list[ServedModel], fleet: Fleet
+) -> Admission:
+    """Up to `most` requests in each replica, and `bounds` on those that wait for each model."""
     from router.admission import EMBEDDING_SHARE, Admission, Gate
 
     def gate(name: str, permits_each: int) -> Gate:
         def permits() -> int:
             return fleet.ready_count(name) * permits_each
 
-        return Gate(name, max_queue, permits, time.monotonic)
+        return Gate(name, bounds, permits, time.monotonic)
 
     few = max(1, most // EMBEDDING_SHARE)
     return Admission(

@@ -42,7 +42,10 @@ class Options(
     port: Port = 8000
     max_concurrency: Count = 0
     max_queue: Count = 512
+    max_queue_tokens: Count = 4_000_000
     request_timeout: Seconds | None = None
+    queue_timeout: Seconds = 0.0
+    first_token_timeout: Seconds = 0.0
     drain_timeout: Seconds = 30.0
     hang_timeout: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     max_len: Count = 0
@@ -94,11 +97,17 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LimitConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits per replica (`max_concurrency`), per model (`max_queue`), per request, at the end."""
+    """Limits per replica (`max_concurrency`), per model (`max_queue…`), per request, at the end.
+
+    A time limit of 0 is none.
+    """
 
     max_concurrency: int  # 0 = as many as an engine runs at once
     max_queue: int
-    request_timeout_s: float  # 0 = no limit
+    max_queue_tokens: int
+    request_timeout_s: float
+    queue_timeout_s: float
+    first_token_timeout_s: float
     drain_timeout_s: float
     hang_timeout_s: float
     on_fatal: Literal["exit", "wait"] = "exit"
@@ -162,7 +171,10 @@ def resolve(
         limits=LimitConfig(
             max_concurrency=options.max_concurrency,
             max_queue=options.max_queue,
+            max_queue_tokens=options.max_queue_tokens,
             request_timeout_s=fallback_timeout_s if timeout_s is None else timeout_s,
+            queue_timeout_s=options.queue_timeout,
+            first_token_timeout_s=options.first_token_timeout,
             drain_timeout_s=options.drain_timeout,
             hang_timeout_s=options.hang_timeout,
             on_fatal=options.on_fatal,

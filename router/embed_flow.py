@@ -18,22 +18,15 @@ from typing import Final, NamedTuple
 
 from engine.protocol import Pooling, Sampling, unpack_floats, unpack_tokens
 from router import logs
-from router.admission import Admission
+from router.admission import Admission, Ask
 from router.dispatch import choose
 from router.errors import BadRequest, EngineFailed, Overloaded, Quarantined, RequestTimeout
 from router.fleet import Fleet, Replica
-from router.flow import (
-    MAX_DEATHS,
-    MAX_MOVES,
-    Alarm,
-    FlowSettings,
-    Placement,
-    RequestRecord,
-    hold_permit,
-)
+from router.flow import MAX_DEATHS, MAX_MOVES, Placement, RequestRecord
 from router.metrics import Metrics
 from router.streams import Stream, WakeUp
 from router.text.served import ServedModel
+from router.waiting import Alarm, FlowSettings, hold_permit
 
 WINDOW_TOKENS: Final = 4096  # of one request at once, for each ready replica: some steps' worth
 TEXT_TOKENS: Final = 16  # what a text costs beside its tokens, in tokens
@@ -62,6 +55,7 @@ class EmbeddingJob:
     model: ServedModel
     texts: Sequence[bytes]
     pooling: Pooling
+    tenant: bytes = b""
 
 
 class EmbedFlow:
@@ -114,10 +108,11 @@ class EmbedFlow:
         record.model = name
         record.texts = len(job.texts)
         record.prompt_tokens = sum(map(len, job.texts)) // _TOKEN_BYTES
-        limit_s = self._settings.request_timeout_s
-        alarm = Alarm(self._clock, record.started_s + limit_s if limit_s else None)
+        limits = self._settings.deadlines(record.started_s)
+        alarm = Alarm(self._clock, limits.end_s)
+        ask = Ask(record.prompt_tokens, job.tenant, embeds=True)
         permit = hold_permit(
-            self._fleet, self._admission, self._metrics, name, alarm.deadline_s, embeds=True
+            self._fleet, self._admission, self._metrics, name, limits.permit_s, ask
         )
         async with permit:
             record.queue_s = self._clock() - record.started_s

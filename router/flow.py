@@ -9,9 +9,7 @@ on elsewhere (or on the restarted engine) with prompt + tokens, until a second e
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -19,7 +17,7 @@ import msgspec
 
 from engine.protocol import Finish, Sampling
 from router import logs
-from router.admission import Admission
+from router.admission import Admission, Ask
 from router.dispatch import PrefixMap, chain, choose
 from router.errors import (
     ContextLengthExceeded,
@@ -33,9 +31,11 @@ from router.metrics import Metrics, ModelMetrics
 from router.streams import Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
 from router.text.served import ServedModel
+from router.waiting import Alarm, FlowSettings, hold_permit
 
 MAX_DEATHS: Final = 2  # engines that may die under one request
 MAX_MOVES: Final = 8  # of one choice, for whatever reason
+GUESSED_NEW: Final = 256  # tokens of an answer
 MAX_PIECES: Final = 16  # of one choice and step: a reader far behind gets larger ones
 
 
@@ -97,11 +97,19 @@ class Job:
     rules: TextRules
     salt: bytes = b""
     priority: int = 0
+    tenant: bytes = b""  # whose request it is, where several keys are in use
 
     @property
     def num_choices(self) -> int:
         """Sequences that the job runs."""
         return len(self.prompts) * self.n
+
+    @property
+    def ask(self) -> Ask:
+        """What admission is asked for; how long answers get is a guess until they end."""
+        guess = GUESSED_NEW if self.max_new is None else min(self.max_new, GUESSED_NEW)
+        tokens = sum(map(len, self.prompts)) + guess * self.num_choices
+        return Ask(tokens, self.tenant, self.priority)
 
 
 class First(NamedTuple):
@@ -129,18 +137,6 @@ class Placement(NamedTuple):
     stop_ids: tuple[int, ...]
     salt: bytes
     priority: int
-
-
-@dataclass(frozen=True, slots=True)
-class FlowSettings:
-    """`request_timeout_s` 0 means no limit; `ping_s` is how often a silent wait is told of.
-
-    A replica with `max_concurrency` sequences is passed over while another one has room.
-    """
-
-    request_timeout_s: float = 0.0
-    ping_s: float = 10.0
-    max_concurrency: int = 64
 
 
 class Flow:
@@ -188,10 +184,12 @@ class Flow:
         record = job.record
         record.model = job.model.name
         record.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
-        limit_s = self._settings.request_timeout_s
-        alarm = Alarm(self._clock, record.started_s + limit_s if limit_s else None)
-        name = record.model
-        async with hold_permit(self._fleet, self._admission, self._metrics, name, alarm.deadline_s):
+        limits = self._settings.deadlines(record.started_s)
+        alarm = Alarm(self._clock, limits.first_token_s)
+        wait = hold_permit(
+            self._fleet, self._admission, self._metrics, record.model, limits.permit_s, job.ask
+        )
+        async with wait as permit:
             record.queue_s = self._clock() - record.started_s
             choices = self._open(job, alarm.event)
             self._alarms.add(alarm)
@@ -213,6 +211,8 @@ class Flow:
                     if changed:
                         running = [choice for choice in running if choice.finish is None]
                     if step or rang:
+                        if step:
+                            alarm.deadline_s = limits.end_s
                         yield step
                     if running:
                         if alarm.expired:
@@ -225,6 +225,7 @@ class Flow:
                 for choice in choices:
                     self._fleet.close(choice.stream)
                 self._account(job, choices)
+                permit.settle(record.prompt_tokens + record.completion_tokens)
 
     def _open(self, job: Job, event: WakeUp) -> list[_Choice]:
         max_len = self.max_len(job.model)
@@ -406,81 +407,6 @@ def _raise_failure(job: Job, end: Finish) -> None:
     if end.reason == "error":
         logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
         raise EngineFailed
-
-
-@asynccontextmanager
-async def hold_permit(
-    fleet: Fleet,
-    admission: Admission,
-    metrics: Metrics,
-    model: str,
-    deadline_s: float | None,
-    *,
-    embeds: bool = False,
-) -> AsyncGenerator[None]:
-    """A permit. A wait that takes the whole time limit is overload, not the client's fault."""
-    views = fleet.views(model)
-    if all(view.state == "parked" for view in views) or not any(v.limits for v in views):
-        # given up, or never ready yet: no queue for what may take minutes
-        raise fleet.unavailable(model)
-    async with AsyncExitStack() as stack:
-        try:
-            permit = admission.permit(model, deadline_s, embeds=embeds)
-            await stack.enter_async_context(permit)
-        except (RequestTimeout, Overloaded) as error:
-            metrics.refused.labels(model).inc()
-            raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
-        yield
-
-
-class Alarm:
-    """What a request waits for: news of its streams, its time limit, or the next ping.
-
-    One event for all of it, set by one timer; so a token costs one wake-up and no timer.
-    """
-
-    def __init__(self, clock: Callable[[], float], deadline_s: float | None) -> None:
-        self.event = WakeUp()
-        self.deadline_s = deadline_s
-        self._clock = clock
-        self._ping_s = 0.0
-        self._rung = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def expired(self) -> bool:
-        """The time limit has passed."""
-        return self.deadline_s is not None and self._clock() >= self.deadline_s
-
-    def start(self, ping_s: float) -> None:
-        """From now on `wait` returns at least every `ping_s`, and at the time limit."""
-        self._ping_s = ping_s
-        self._arm()
-
-    def stop(self) -> None:
-        """No more timers."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def wait(self) -> Awaitable[None]:
-        """Returns when something may have changed."""
-        return self.event.wait()
-
-    def rang(self) -> bool:
-        """True once for each ring of the timer."""
-        rang, self._rung = self._rung, False
-        return rang
-
-    def _arm(self) -> None:
-        delay_s = self._ping_s
-        if self.deadline_s is not None and not self.expired:
-            delay_s = min(delay_s, self.deadline_s - self._clock())
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
-
-    def _ring(self) -> None:
-        self._rung = True
-        self.event.set()
-        self._arm()
 
 
 def choice_seed(seed: int, choice: int) -> int:

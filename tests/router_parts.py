@@ -27,17 +27,18 @@ from engine.protocol import (
     StepOutput,
     Submit,
 )
-from router.admission import EMBEDDING_SHARE, Admission, Gate
+from router.admission import EMBEDDING_SHARE, Admission, Gate, QueueBounds
 from router.app import Parts, build_app
 from router.embed_flow import EmbedFlow
 from router.fleet import Fleet, SendResult
-from router.flow import Flow, FlowSettings
+from router.flow import Flow
 from router.metrics import Metrics
 from router.streams import StreamTable
 from router.text.model import load_text
 from router.text.pool import TextPool
 from router.text.pooling import PoolingRule
 from router.text.served import ModelTable, ServedModel
+from router.waiting import FlowSettings
 from tools.fake_batch import fake_embedding
 from tools.tiny_model import VOCAB_SIZE, decode_tokens, encode_text, write_tiny_model
 
@@ -313,7 +314,7 @@ async def router_parts(
         def permits() -> int:
             return fleet.ready_count(MODEL) * permits_each
 
-        return Gate(MODEL, max_queue, permits, time.monotonic)
+        return Gate(MODEL, QueueBounds(max_queue), permits, time.monotonic)
 
     most = settings.max_concurrency
     admission = Admission([gate(most)], [gate(max(1, most // EMBEDDING_SHARE))])

@@ -26,12 +26,13 @@ from router.api.sse import ChunkTemplate
 from router.app import Parts, build_app
 from router.embed_flow import EmbedFlow
 from router.fleet import Fleet, SendResult
-from router.flow import Flow, FlowSettings
+from router.flow import Flow
 from router.metrics import Metrics
 from router.streams import StreamTable
 from router.text.model import load_text
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
+from router.waiting import FlowSettings
 from tools.tiny_model import FIRST_BYTE, write_tiny_model
 
 FORMAT_BUDGET_US = 2.0

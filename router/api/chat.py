@@ -12,7 +12,7 @@ from typing import Any, Final
 from starlette.types import Receive, Scope, Send
 
 from router.api.answer import WholeChoice, answer_stream, answer_whole
-from router.api.generation import Generations, new_id, record_of, salt_of
+from router.api.generation import Generations, new_id, record_of, salt_of, tenant_of
 from router.api.http import read_json_body, while_connected
 from router.api.logprobs import TokenNames, chat_logprobs
 from router.api.options import (
@@ -89,6 +89,7 @@ class ChatCompletions:
             n=request.n or 1,
             salt=salt_of(scope, request),
             priority=request.priority or 0,
+            tenant=tenant_of(scope),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeGuard
 from starlette.types import Receive, Scope, Send
 
 from router.api.answer import WholeChoice, answer_stream, answer_whole
-from router.api.generation import Generations, new_id, record_of, salt_of
+from router.api.generation import Generations, new_id, record_of, salt_of, tenant_of
 from router.api.http import read_json_body, while_connected
 from router.api.logprobs import TokenNames, completion_logprobs, joined, prompt_logprobs
 from router.api.options import (
@@ -87,6 +87,7 @@ class Completions:
             n=request.n or 1,
             salt=salt_of(scope, request),
             priority=request.priority or 0,
+            tenant=tenant_of(scope),
         )
 
 

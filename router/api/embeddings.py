@@ -16,7 +16,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Pooling, pack_tokens, unpack_floats
-from router.api.generation import record_of
+from router.api.generation import record_of, tenant_of
 from router.api.http import read_json_body, send_bytes, send_parts, while_connected
 from router.api.schemas import EmbeddingRequest, decode_body
 from router.embed_flow import EmbeddingJob, EmbedFlow
@@ -83,7 +83,13 @@ class Embeddings:
         for start, parts in slices(parts_of(request.input), SLICE_BYTES):
             size = sum(map(_size, parts))
             texts += await self._pool.run_sized(size, _encode, parts, start, model, rule)
-        return EmbeddingJob(record=record_of(scope), model=model, texts=texts, pooling=pooling)
+        return EmbeddingJob(
+            record=record_of(scope),
+            model=model,
+            texts=texts,
+            pooling=pooling,
+            tenant=tenant_of(scope),
+        )
 
 
 @dataclass(frozen=True, slots=True)

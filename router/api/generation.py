@@ -28,10 +28,15 @@ def record_of(scope: Scope) -> RequestRecord:
     return record
 
 
+def tenant_of(scope: Scope) -> bytes:
+    """Whose request it is, where several keys are in use."""
+    tenant: bytes = scope.get(TENANT, b"")
+    return tenant
+
+
 def salt_of(scope: Scope, request: GenerationRequest) -> bytes:
     """What keeps this request's cached prompts apart: the key's tenant, and the client's salt."""
-    tenant: bytes = scope.get(TENANT, b"")
-    return tenant + (request.cache_salt or "").encode()
+    return tenant_of(scope) + (request.cache_salt or "").encode()
 
 
 def new_id(prefix: str) -> str:

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.admission import MAX_RETRY_AFTER_S, Admission, Gate, ServiceRate
-from router.errors import Overloaded, RequestTimeout
+from router.admission import MAX_RETRY_AFTER_S, Admission, Ask, Gate, QueueBounds, ServiceRate
+from router.errors import Overloaded, RateLimited, RequestTimeout
 
 
 def gate(permits: int, max_queue: int = 10) -> Gate:
-    return Gate("m", max_queue, lambda: permits, time.monotonic)
+    return Gate("m", QueueBounds(max_queue), lambda: permits, time.monotonic)
 
 
 async def hold(one: Gate, until: asyncio.Event) -> None:
@@ -97,7 +97,7 @@ async def test_a_waiter_cancelled_in_the_moment_of_its_grant_passes_it_on() -> N
 
 async def test_more_permits_wake_more_waiters() -> None:
     size = 0
-    one = Gate("m", 10, lambda: size, time.monotonic)
+    one = Gate("m", QueueBounds(10), lambda: size, time.monotonic)
     end = asyncio.Event()
     tasks = [asyncio.create_task(hold(one, end)) for _ in range(3)]
     await settle()
@@ -167,10 +167,79 @@ def test_no_permit_is_ever_lost(seed: int, permits: int, max_queue: int) -> None
 def test_retry_after_follows_the_measured_rate() -> None:
     rate = ServiceRate()
     for second in range(11):
-        rate.released(float(second * 2))  # one every two seconds
-    assert rate.per_second(20.0) == pytest.approx(0.5)
-    assert rate.retry_after_s(20.0, waiting=10) == 12  # half of the queue, and one slot
-    assert rate.retry_after_s(20.0, waiting=10) == 14  # the next client gets the next slot
+        rate.served(float(second * 2), 100)  # 100 tokens every two seconds
+    assert rate.tokens_per_s(20.0) == pytest.approx(50)
+    assert rate.retry_after_s(20.0, waiting=1000, tokens=100) == 12  # half the queue, and one slot
+    assert rate.retry_after_s(20.0, waiting=1000, tokens=100) == 14  # the next slot is the next's
     for _ in range(100):
-        assert 1 <= rate.retry_after_s(20.0, waiting=10) <= MAX_RETRY_AFTER_S
-    assert ServiceRate().retry_after_s(0.0, waiting=0) >= 1
+        assert 1 <= rate.retry_after_s(20.0, waiting=1000, tokens=100) <= MAX_RETRY_AFTER_S
+    assert ServiceRate().retry_after_s(0.0, waiting=0, tokens=1) >= 1
+
+
+async def test_a_queue_is_bounded_by_tokens_too() -> None:
+    one = Gate("m", QueueBounds(10, 100), lambda: 1, time.monotonic)
+    end = asyncio.Event()
+    tasks = [asyncio.create_task(hold(one, end))]
+    await settle()
+
+    async def ask(tokens: int) -> None:
+        async with one.permit(None, Ask(tokens)):
+            pass
+
+    tasks.append(asyncio.create_task(ask(500)))  # alone it may be of any size
+    await settle()
+    with pytest.raises(Overloaded):
+        await ask(1)
+    end.set()
+    await asyncio.gather(*tasks)
+    await ask(1)
+
+
+async def test_a_full_queue_drops_from_the_key_that_fills_it() -> None:
+    one = gate(1, max_queue=4)
+    end = asyncio.Event()
+    holder = asyncio.create_task(hold(one, end))
+    await settle()
+    served: list[bytes] = []
+
+    async def ask(tenant: bytes) -> None:
+        async with one.permit(None, Ask(10, tenant)):
+            served.append(tenant)
+
+    heavy = [asyncio.create_task(ask(b"heavy")) for _ in range(4)]
+    await settle()
+    with pytest.raises(Overloaded):  # nobody else waits: the server is full, not the key
+        await ask(b"heavy")
+    light = asyncio.create_task(ask(b"light"))
+    await settle()
+    with pytest.raises(RateLimited) as caught:
+        await heavy[3]
+    assert caught.value.status == 429
+    assert caught.value.retry_after_s is not None
+    with pytest.raises(RateLimited):
+        await ask(b"heavy")
+    end.set()
+    await asyncio.gather(holder, light, *heavy[:3])
+    assert sorted(served) == [b"heavy"] * 3 + [b"light"]
+    assert one.view() == ("m", 0, 0, 1)
+
+
+async def test_one_keys_crowd_does_not_hold_up_another() -> None:
+    one = gate(1, max_queue=200)
+    end = asyncio.Event()
+    holder = asyncio.create_task(hold(one, end))
+    await settle()
+    order: list[bytes] = []
+
+    async def ask(tenant: bytes) -> None:
+        async with one.permit(None, Ask(2000, tenant)) as permit:
+            order.append(tenant)
+            permit.settle(2000)
+
+    tasks = [asyncio.create_task(ask(b"heavy")) for _ in range(100)]
+    await settle()
+    tasks += [asyncio.create_task(ask(b"light")) for _ in range(5)]
+    await settle()
+    end.set()
+    await asyncio.gather(holder, *tasks)
+    assert max(i for i, tenant in enumerate(order) if tenant == b"light") < 16

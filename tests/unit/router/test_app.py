@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 
 from router.api.http import MAX_BODY_BYTES
-from router.flow import FlowSettings
 from router.streams import WakeUp
+from router.waiting import FlowSettings
 from tests.router_parts import (
     MAX_LEN,
     MODEL,

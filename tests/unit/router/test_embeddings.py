@@ -19,8 +19,8 @@ from engine.protocol import Pooling, unpack_floats
 from router.api.embeddings import SLICE_VALUES, LengthRule
 from router.embed_flow import TEXT_TOKENS, WINDOW_TOKENS
 from router.errors import ContextLengthExceeded, StartError
-from router.flow import FlowSettings
 from router.text.pooling import PoolingRule, load_pooling
+from router.waiting import FlowSettings
 from tests.router_parts import (
     EMBEDDING_SIZE,
     MAX_LEN,

@@ -20,9 +20,10 @@ from router.errors import (
     Quarantined,
     RequestTimeout,
 )
-from router.flow import FlowSettings, Job, Progress, RequestRecord, choice_seed
+from router.flow import Job, Progress, RequestRecord, choice_seed
 from router.text.assembly import TextRules
 from router.text.stops import StopStrings
+from router.waiting import FlowSettings
 from tests.router_parts import MAX_LEN, Play, Router, router_parts, token_logprob
 from tools.tiny_model import EOS_ID, IM_END_ID, encode_text, write_tiny_model
 
@@ -84,7 +85,8 @@ async def run(router: Router, wanted: Job) -> list[Progress]:
 @asynccontextmanager
 async def occupied(folder: Path, **more: Any) -> AsyncIterator[Router]:
     """One engine with room for one request, which one has that never ends."""
-    settings = FlowSettings(max_concurrency=1, request_timeout_s=more.pop("request_timeout_s", 0.0))
+    limits = {name: more.pop(name) for name in list(more) if name.endswith("_timeout_s")}
+    settings = FlowSettings(max_concurrency=1, **limits)
     async with (
         router_parts(folder, plays, settings=settings, **more) as parts,
         aclosing(parts.flow.generate(job(parts, "waits"))) as steps,
@@ -243,6 +245,31 @@ async def test_time_limit_in_the_queue_is_overload(folder: Path) -> None:
     async with occupied(folder, request_timeout_s=0.05) as parts:
         with pytest.raises(Overloaded):
             await run(parts, job(parts, "plain"))
+
+
+async def test_the_queues_own_time_limit_leaves_the_running_alone(folder: Path) -> None:
+    async with occupied(folder, queue_timeout_s=0.05) as parts:
+        with pytest.raises(Overloaded) as caught:
+            await run(parts, job(parts, "plain"))
+        assert caught.value.retry_after_s is not None
+        assert parts.engines.running
+
+
+async def test_time_limit_of_the_first_token(folder: Path) -> None:
+    settings = FlowSettings(first_token_timeout_s=0.2)
+    async with router_parts(folder, plays, settings=settings) as parts:
+        with pytest.raises(RequestTimeout):
+            await run(parts, job(parts, "never"))
+        # its first token comes, and then nothing for longer than that limit
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(run(parts, job(parts, "waits")), 0.6)
+
+
+def test_deadlines() -> None:
+    none = FlowSettings().deadlines(10.0)
+    assert none == (None, None, None)
+    some = FlowSettings(request_timeout_s=5, queue_timeout_s=2, first_token_timeout_s=9)
+    assert some.deadlines(10.0) == (12.0, 15.0, 15.0)
 
 
 @pytest.mark.parametrize("scene", ["never", "waits"])

@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.protocol import PROTOCOL_VERSION, Limits, Ready, encode
-from router.admission import Admission, Gate
+from router.admission import Admission, Gate, QueueBounds
 from router.errors import Overloaded
 from router.fleet import Fleet
 from router.lifecycle import Lifecycle, bind, raise_descriptor_limit, url_of
@@ -50,7 +50,10 @@ class World:
         config = EngineConfig(endpoint="", replica=0, epoch=0, model="m")
         specs = [EngineSpec(model, ("true",), {}, config) for model in ("a", "b")]
         supervisor = Supervisor(specs, self.fleet, metrics, on_fatal="wait", clock=time.monotonic)
-        gates = [Gate(m, 1, lambda: self.fleet.ready_count("a"), time.monotonic) for m in "ab"]
+        gates = [
+            Gate(m, QueueBounds(1), lambda: self.fleet.ready_count("a"), time.monotonic)
+            for m in "ab"
+        ]
         self.admission = Admission(gates)
         self.life = Lifecycle(self.fleet, link, supervisor, self.admission, table, metrics)
 

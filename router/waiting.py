@@ -1,0 +1,129 @@
+"""How long a request may wait for what: time limits, permits, and the alarm that wakes it.
+
+Owns the alarm of one request. Must not know text, engines' messages or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from router.admission import Admission, Ask, Permit
+from router.errors import Overloaded, RateLimited, RequestTimeout
+from router.fleet import Fleet
+from router.metrics import Metrics
+from router.streams import WakeUp
+
+
+class Deadlines(NamedTuple):
+    """Until when a request may wait for a permit, for its first token, and for its end."""
+
+    permit_s: float | None
+    first_token_s: float | None
+    end_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSettings:
+    """Time limits of a whole request, of its wait for a permit, and of that for its first token; 0
+    means none. `ping_s` is how often a silent wait is told of.
+
+    A replica with `max_concurrency` sequences is passed over while another one has room.
+    """
+
+    request_timeout_s: float = 0.0
+    queue_timeout_s: float = 0.0
+    first_token_timeout_s: float = 0.0
+    ping_s: float = 10.0
+    max_concurrency: int = 64
+
+    def deadlines(self, started_s: float) -> Deadlines:
+        """Those of a request that came at `started_s`, of the monotonic clock."""
+        end_s = started_s + self.request_timeout_s if self.request_timeout_s else None
+
+        def earlier(limit_s: float) -> float | None:
+            if not limit_s:
+                return end_s
+            return started_s + limit_s if end_s is None else min(started_s + limit_s, end_s)
+
+        return Deadlines(earlier(self.queue_timeout_s), earlier(self.first_token_timeout_s), end_s)
+
+
+@asynccontextmanager
+async def hold_permit(
+    fleet: Fleet,
+    admission: Admission,
+    metrics: Metrics,
+    model: str,
+    deadline_s: float | None,
+    ask: Ask,
+) -> AsyncGenerator[Permit]:
+    """A permit. A wait that takes the whole time limit is overload, not the client's fault."""
+    views = fleet.views(model)
+    if all(view.state == "parked" for view in views) or not any(v.limits for v in views):
+        # given up, or never ready yet: no queue for what may take minutes
+        raise fleet.unavailable(model)
+    async with AsyncExitStack() as stack:
+        try:
+            wait = admission.permit(model, deadline_s, ask)
+            permit = await stack.enter_async_context(wait)
+        except RateLimited:
+            metrics.refused.labels(model).inc()
+            raise
+        except (RequestTimeout, Overloaded) as error:
+            metrics.refused.labels(model).inc()
+            raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
+        yield permit
+
+
+class Alarm:
+    """What a request waits for: news of its streams, its time limit, or the next ping.
+
+    One event for all of it, set by one timer; so a token costs one wake-up and no timer.
+    """
+
+    def __init__(self, clock: Callable[[], float], deadline_s: float | None) -> None:
+        self.event = WakeUp()
+        self.deadline_s = deadline_s
+        self._clock = clock
+        self._ping_s = 0.0
+        self._rung = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def expired(self) -> bool:
+        """The time limit has passed."""
+        return self.deadline_s is not None and self._clock() >= self.deadline_s
+
+    def start(self, ping_s: float) -> None:
+        """From now on `wait` returns at least every `ping_s`, and at the time limit."""
+        self._ping_s = ping_s
+        self._arm()
+
+    def stop(self) -> None:
+        """No more timers."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def wait(self) -> Awaitable[None]:
+        """Returns when something may have changed."""
+        return self.event.wait()
+
+    def rang(self) -> bool:
+        """True once for each ring of the timer."""
+        rang, self._rung = self._rung, False
+        return rang
+
+    def _arm(self) -> None:
+        delay_s = self._ping_s
+        if self.deadline_s is not None and not self.expired:
+            delay_s = min(delay_s, self.deadline_s - self._clock())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
+
+    def _ring(self) -> None:
+        self._rung = True
+        self.event.set()
+        self._arm()
