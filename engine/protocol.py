@@ -71,6 +71,8 @@ class Submit(Wire, frozen=True, tag="submit"):
     counts all generated ones. `num_prompt` 0 means that all of `tokens` is prompt.
     With `pooling` nothing is generated (`max_new` is 0): the sequence ends with an `Embedding` and
     a `Finish` of reason `stop`; its tokens are computed in what other sequences leave of a step.
+    With `grammar`, in llguidance's text form, all that is generated follows it, from the first token
+    behind the prompt on; the engine must have been told the `Vocabulary` before.
     """
 
     epoch: int
@@ -83,6 +85,22 @@ class Submit(Wire, frozen=True, tag="submit"):
     priority: int = 0
     num_prompt: int = 0
     pooling: Pooling | None = None
+    grammar: str = ""
+
+
+class Vocabulary(Wire, frozen=True, tag="vocabulary"):
+    """What the model's token ids stand for: told once, before the first submit with a grammar.
+
+    `pieces` holds the bytes of all ids, one after the other, and `lengths` how many of them each id
+    has, as int32; one entry for each of `Limits.vocab_size` ids, 0 for those without a text.
+    `special` are control tokens, whose bytes are their names; `eos` end an answer.
+    """
+
+    epoch: int
+    lengths: bytes
+    pieces: bytes
+    special: tuple[int, ...]
+    eos: tuple[int, ...]
 
 
 class Abort(Wire, frozen=True, tag="abort"):
@@ -233,7 +251,7 @@ class Fatal(Wire, frozen=True, tag="fatal"):
     code: int = 70
 
 
-ToEngine = Submit | Abort | Drain | Ping
+ToEngine = Submit | Abort | Drain | Ping | Vocabulary
 ToRouter = Ready | StepOutput | Pong | Busy | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

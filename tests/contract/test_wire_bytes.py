@@ -31,6 +31,7 @@ from engine.protocol import (
     Submit,
     ToEngine,
     ToRouter,
+    Vocabulary,
     decode_to_engine,
     decode_to_router,
     encode,
@@ -47,6 +48,8 @@ TO_ENGINE: dict[str, ToEngine] = {
     "submit pooled": Submit(
         3, 18, pack_tokens([1]), Sampling(), 0, pooling=Pooling("cls", 8, False)
     ),
+    "submit with grammar": Submit(3, 19, pack_tokens([1]), Sampling(), 8, grammar="start: /a/"),
+    "vocabulary": Vocabulary(3, pack_tokens([3, 1, 0, 2]), b"<s>aab", (0,), (0, 2)),
     "abort": Abort(3, (17, 18)),
     "drain": Drain(3),
     "ping": Ping(3, 9),
@@ -81,14 +84,23 @@ MESSAGES = TO_ENGINE | TO_ROUTER
 
 GOLDEN = {
     "submit": (
-        "9ba67375626d69740311c40801000000020100009ccb3fe000000000000028cb3feccccccccccccdcb3f"
+        "9ca67375626d69740311c40801000000020100009ccb3fe000000000000028cb3feccccccccccccdcb3f"
         "a999999999999acb3fb999999999999acbbfc999999999999acb3ff199999999999a07919205cbbff800"
-        "000000000002000310920205c40473616c74ff01c0"
+        "000000000002000310920205c40473616c74ff01c0a0"
     ),
     "submit pooled": (
-        "9ba67375626d69740312c404010000009ccb3ff000000000000000cb3ff0000000000000cb0000000000"
+        "9ca67375626d69740312c404010000009ccb3ff000000000000000cb3ff0000000000000cb0000000000"
         "000000cb0000000000000000cb0000000000000000cb3ff00000000000000090ffff000090c400000093"
-        "a3636c7308c2"
+        "a3636c7308c2a0"
+    ),
+    "submit with grammar": (
+        "9ca67375626d69740313c404010000009ccb3ff000000000000000cb3ff0000000000000cb0000000000"
+        "000000cb0000000000000000cb0000000000000000cb3ff00000000000000090ffff000890c4000000c0"
+        "aa73746172743a202f612f"
+    ),
+    "vocabulary": (
+        "96aa766f636162756c61727903c41003000000010000000000000002000000c4063c733e616162910092"
+        "0002"
     ),
     "abort": "93a561626f727403921112",
     "drain": "92a5647261696e03",
@@ -106,6 +118,12 @@ GOLDEN = {
     "busy": "94a46275737903a46c6f6164cb404e000000000000",
     "fatal": "94a5666174616c03ac6e6f20737563682066696c654e",
 }
+# A submit of a sender before grammars.
+BEFORE_GRAMMARS = (
+    "9ba67375626d69740311c40801000000020100009ccb3fe000000000000028cb3feccccccccccccdcb3f"
+    "a999999999999acb3fb999999999999acbbfc999999999999acb3ff199999999999a07919205cbbff800"
+    "000000000002000310920205c40473616c74ff01c0"
+)
 # The same messages of a sender before embeddings.
 OLDER = {
     "submit": (
@@ -186,6 +204,10 @@ def test_sender_before_embeddings(name: str) -> None:
     }
     assert decode(bytes.fromhex(OLDER[name]), name) == expected[name]
     assert (limits.embedding_size, limits.generates, limits.quant) == (0, True, "none")
+
+
+def test_sender_before_grammars() -> None:
+    assert decode(bytes.fromhex(BEFORE_GRAMMARS), "submit") == TO_ENGINE["submit"]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from engine.protocol import (
     Submit,
     ToEngine,
     ToRouter,
+    Vocabulary,
     decode_to_engine,
     decode_to_router,
     encode,
@@ -66,8 +67,11 @@ STARTED = several(st.builds(Started, INT, INT))
 
 TO_ENGINE: st.SearchStrategy[ToEngine] = st.one_of(
     st.builds(
-        Submit, INT, INT, BYTES, SAMPLING, INT, several(INT), BYTES, INT, INT, st.none() | POOLING
+        Submit,
+        *[INT, INT, BYTES, SAMPLING, INT, several(INT), BYTES, INT, INT],
+        *[st.none() | POOLING, TEXT],
     ),
+    st.builds(Vocabulary, INT, BYTES, BYTES, several(INT), several(INT)),
     st.builds(Abort, INT, several(INT)),
     st.builds(Drain, INT),
     st.builds(Ping, INT, INT),
