@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from engine.grammar import Matcher
 from engine.outbox import Outbox
 from engine.plan import Admit, Row, Sampled, StepPlan
 from engine.protocol import (
@@ -72,8 +73,9 @@ class EncoderScheduler:
         """Is there a text that has not ended, or a step that is not committed?"""
         return bool(self._texts or self._launched)
 
-    def add(self, submit: Submit) -> None:
-        """Take a text; one that can never run ends at once with an `error`."""
+    def add(self, submit: Submit, matcher: Matcher | None = None) -> None:
+        """Take a text; one that can never run ends at once with an `error`, as does a grammar."""
+        del matcher
         try:
             tokens = unpack_tokens(submit.tokens)
         except BadFrame as error:

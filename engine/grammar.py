@@ -21,7 +21,7 @@ from engine.protocol import BadFrame, Vocabulary, unpack_tokens
 
 # Compiled grammars kept for the next sequence with the same one, as the choices of a request are.
 _MOST_KEPT = 32
-# A state of the lexer takes 1 to 2 kB: at most 100 MB for one grammar, where the default allows 500.
+# A state of the lexer takes 1 to 2 kB: at most 100 MB for a grammar, where the default allows 500.
 _MAX_LEXER_STATES = 50_000
 # Text that a grammar fixes is not cut into tokens for the model: that would take its tokenizer, or
 # give tokens it has never seen in this place. It chooses among all that fit, as everywhere else.
@@ -131,6 +131,8 @@ class Matcher:
         """The sequence goes on with this token."""
         state = self._state
         self._min_left -= 1
+        if self.failed:
+            return
         if token in self._ends.ids and state.is_accepting():
             self.complete = True
         elif state.consume_token(token):
@@ -207,6 +209,7 @@ class _Pieces:
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Asked for where fixed text is to be cut as the model would: see `_FREE_CUT`."""
+        del text
         raise GrammarError("the engine has no tokenizer")
 
 

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, assert_never
 
+from engine.compiling import Compiling
+from engine.grammar import Matcher
 from engine.inbox import EXIT_PARENT_GONE, EngineLink, Item, ParentGone, Skipped, Terminate
 from engine.plan import Pending, RunnerLike, Sampled, StepPlan
 from engine.protocol import (
@@ -30,6 +32,7 @@ from engine.protocol import (
     StepOutput,
     Submit,
     ToRouter,
+    Vocabulary,
 )
 from engine.stats import Counters
 
@@ -43,6 +46,8 @@ _SMOOTH_STEP_S = 0.05
 # After so long without a message or work, what waits for a quiet moment is done.
 _QUIET_S = 0.25
 _SHORTEST_STEP_S = 1e-5  # what a clock may show as nothing
+# While there is nothing to do but to wait for a grammar to be compiled, it is looked for so often.
+_COMPILING_POLL_S = 0.001
 
 
 class SchedulerLike(Protocol):
@@ -54,7 +59,7 @@ class SchedulerLike(Protocol):
     def stats(self) -> Stats: ...
     @property
     def counters(self) -> Counters: ...
-    def add(self, submit: Submit) -> None: ...
+    def add(self, submit: Submit, matcher: Matcher | None = ..., /) -> None: ...
     def abort(self, ids: Sequence[int]) -> None: ...
     def plan(self, smooth_tokens: int = ..., /) -> StepPlan | None: ...
     def commit(self, plan: StepPlan, sampled: Sampled) -> None: ...
@@ -112,13 +117,16 @@ class EngineLoop:
         *,
         epoch: int,
         overlap: int = 0,
+        compiling: Compiling | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Without `compiling`, a submit with a grammar ends with an error."""
         self.exit_code: int | None = None
         self._scheduler = scheduler
         self._runner = runner
         self._epoch = epoch
         self._overlap = overlap
+        self._compiling = Compiling(0) if compiling is None else compiling
         self._clock = clock
         self._step_clock = StepClock()
         self._launched: deque[_Launched] = deque()
@@ -129,7 +137,12 @@ class EngineLoop:
     @property
     def busy(self) -> bool:
         """Whether another step has work; if not, the caller may wait for the next item."""
-        return self._scheduler.busy or bool(self._launched)
+        return self._scheduler.busy or bool(self._launched) or self._compiling.busy
+
+    @property
+    def wait_s(self) -> float:
+        """How long the next item may be waited for while `busy`."""
+        return 0.0 if self._scheduler.busy or self._launched else _COMPILING_POLL_S
 
     def idle(self) -> bool:
         """Use a quiet moment, while not `busy`; False once there is nothing to use it for."""
@@ -153,11 +166,11 @@ class EngineLoop:
         for item in inbox:
             match item:
                 case Submit():
-                    if self._draining:
-                        refused.append(Finish(item.id, "abort", "the engine is draining"))
-                    else:
-                        self._scheduler.add(item)
+                    refused += self._submit(item)
+                case Vocabulary():
+                    self._compiling.learn(item)
                 case Abort():
+                    refused += [Finish(i, "abort") for i in self._compiling.abort(item.ids)]
                     self._scheduler.abort(item.ids)
                 case Ping():
                     yield Pong(self._epoch, item.n, self._scheduler.stats)
@@ -171,11 +184,31 @@ class EngineLoop:
                     self._scheduler.counters.bad_frames += 1
                 case _:
                     assert_never(item)
+        refused += self._add_compiled()
         if refused:
             stats = self._scheduler.stats
             yield StepOutput(
                 self._epoch, stats.steps, (), (), b"", finished=tuple(refused), stats=stats
             )
+
+    def _submit(self, submit: Submit) -> list[Finish]:
+        """To the scheduler, or first to where its grammar is compiled; its end if it has one."""
+        if self._draining:
+            return [Finish(submit.id, "abort", "the engine is draining")]
+        if not submit.grammar:
+            self._scheduler.add(submit)
+        elif not self._compiling.begin(submit):
+            return [Finish(submit.id, "error", "this id is in use")]
+        return []
+
+    def _add_compiled(self) -> list[Finish]:
+        refused: list[Finish] = []
+        for submit, matcher, problem in self._compiling.take():
+            if matcher is None:
+                refused.append(Finish(submit.id, "error", problem))
+            else:
+                self._scheduler.add(submit, matcher)
+        return refused
 
     def _terminate(self, signal_number: int) -> None:
         """The first signal drains, the second one leaves with the shell's code for it."""
@@ -236,7 +269,7 @@ def run(loop: EngineLoop, link: EngineLink) -> int:
         while loop.exit_code is None:
             if steps >= _STEPS_PER_COLLECTION:
                 steps = _collect()
-            inbox = link.receive(0 if loop.busy else quiet_s)
+            inbox = link.receive(loop.wait_s if loop.busy else quiet_s)
             if not inbox and not loop.busy:
                 # A pause between two requests is not quiet: the next one should not have to wait.
                 if steps:

@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from engine.blocks import BlockPool
+from engine.compiling import Compiling
 from engine.config import EngineConfig, ModelError, NotEnoughMemory, decode_config
 from engine.encoding import EncoderScheduler
 from engine.link import RouterLink, catch_signals, connect, leave_with_parent, send
@@ -69,7 +70,10 @@ def build_loop(config: EngineConfig) -> tuple[EngineLoop, Ready]:
 
     runner, limits = build_device(config)
     scheduler = build_scheduler(config, limits)
-    loop = EngineLoop(scheduler, runner, epoch=config.epoch, overlap=config.overlap)
+    compiling = Compiling(limits.vocab_size)
+    loop = EngineLoop(
+        scheduler, runner, epoch=config.epoch, overlap=config.overlap, compiling=compiling
+    )
     return loop, Ready(config.epoch, PROTOCOL_VERSION, limits)
 
 

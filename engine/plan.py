@@ -12,6 +12,8 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine.protocol import Pooling, Sampling
 
@@ -54,14 +56,29 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     samples: bool
 
 
+class StepMasks(Protocol):
+    """What the grammars of a step allow. `rows` are indices among the rows that sample."""
+
+    @property
+    def rows(self) -> list[int]: ...
+
+    def bits(self) -> npt.NDArray[np.int32]:
+        """[len(rows), words]: bit i % 32 of word i // 32 is set if id i is allowed.
+
+        Computed now: to be called once, while the device computes the step's forward pass.
+        """
+        ...
+
+
 class StepPlan(NamedTuple):
-    """One forward pass. To be applied in this order: copies, admits, grows, rows."""
+    """One forward pass. To be applied in this order: copies, admits, grows, rows, masks."""
 
     step: int
     rows: list[Row]
     admits: list[Admit]
     grows: list[Grow]
     copies: list[Copy]
+    masks: StepMasks | None = None
 
 
 class TokenLogprobs(NamedTuple):

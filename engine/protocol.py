@@ -71,8 +71,8 @@ class Submit(Wire, frozen=True, tag="submit"):
     counts all generated ones. `num_prompt` 0 means that all of `tokens` is prompt.
     With `pooling` nothing is generated (`max_new` is 0): the sequence ends with an `Embedding` and
     a `Finish` of reason `stop`; its tokens are computed in what other sequences leave of a step.
-    With `grammar`, in llguidance's text form, all that is generated follows it, from the first token
-    behind the prompt on; the engine must have been told the `Vocabulary` before.
+    With `grammar`, in llguidance's text form, all that is generated follows it, from the first
+    token behind the prompt on; the engine must have been told the `Vocabulary` before.
     """
 
     epoch: int

@@ -38,6 +38,8 @@ def _pooling_refusal(submit: Submit, limits: Limits) -> str | None:
         )
     if limits.embedding_size == 0:
         return "this model makes no embeddings"
+    if submit.grammar:
+        return "an embedding follows no grammar"
     if submit.max_new:
         return f"an embedding generates nothing, max_new is {submit.max_new}"
     if not 0 <= pooling.dimensions <= limits.embedding_size:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from engine.grammar import Matcher
 from engine.protocol import Submit
 
 Phase = Literal["waiting", "running", "ended"]
@@ -31,6 +32,7 @@ class Sequence:
         "computed",
         "ended",
         "id",
+        "matcher",
         "max_total",
         "num_kv",
         "num_prompt",
@@ -46,11 +48,18 @@ class Sequence:
     )
 
     def __init__(
-        self, submit: Submit, tokens: list[int], max_total: int, arrival: int, root: bytes
+        self,
+        submit: Submit,
+        tokens: list[int],
+        max_total: int,
+        arrival: int,
+        root: bytes,
+        matcher: Matcher | None = None,
     ) -> None:
         """`tokens` are the submit's, decoded; at most `max_total` tokens will ever be known.
 
-        `max_total` equal to the number of tokens means that nothing is to be generated.
+        `max_total` equal to the number of tokens means that nothing is to be generated. `matcher`
+        has seen the generated ones of `tokens`.
         """
         self.id = submit.id
         self.tokens = tokens
@@ -61,6 +70,7 @@ class Sequence:
         self.sampling = submit.sampling
         self.stop_ids = submit.stop_ids
         self.pooling = submit.pooling
+        self.matcher = matcher
         # The lowest runs first and is preempted last.
         self.rank = (submit.pooling is not None, submit.priority, arrival)
         self.chain = [root]
@@ -71,6 +81,12 @@ class Sequence:
         self.started = False  # left the waiting queue at least once
         self.ended = False
         self.prompt_reported = 1  # prompt positions told; the first one has no log-probability
+
+    def append(self, token: int) -> None:
+        """A generated token has become known."""
+        self.tokens.append(token)
+        if self.matcher is not None:
+            self.matcher.advance(token)
 
     @property
     def length(self) -> int:

@@ -18,6 +18,8 @@ step). Invariants:
 * Work is never stuck: `add` admits only what fits into the whole pool, so the first of the order,
   if alone, always gets its blocks: nobody else holds any.
 * A sequence's tokens leave through `commit` alone, once each, whatever was recomputed.
+* A sequence with a grammar is planned only up to the tokens that are committed: its next mask
+  follows from the last of them. With the host one step ahead it takes part in every second step.
 * Sequences with pooling are background work: last in both queues, computed in what others leave of
   a step, without reuse of blocks in either direction (each hidden state is needed, and texts to be
   embedded would only push prompts out of the cache). One that runs gives way to any other sequence
@@ -31,6 +33,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from engine.blocks import MISS, BlockPool, Hit
+from engine.grammar import Matcher, StepMasks
 from engine.outbox import Outbox, logprobs_of
 from engine.plan import Admit, Copy, Grow, Row, Sampled, StepPlan, TokenLogprobs
 from engine.policy import (
@@ -58,6 +61,8 @@ from engine.stats import Counters
 from engine.stop import finish_reason
 
 _MAX_LAUNCHED = 2  # plans without a commit: the one on the device and the one queued behind it
+
+_DETAILS: dict[FinishReason, str] = {"error": "its grammar cannot be followed any further"}
 
 
 class _Draft:
@@ -102,6 +107,18 @@ class _Draft:
         self.budget -= count
         sequence.scheduled = start + count
 
+    def plan(self, step: int) -> StepPlan:
+        """All of it."""
+        return StepPlan(step, self.rows, self.admits, self.grows, self.copies, self._masks())
+
+    def _masks(self) -> StepMasks | None:
+        """Of the rows that sample and have a grammar; None if there are none."""
+        sampling = (s for row, s in zip(self.rows, self.sequences, strict=True) if row.samples)
+        found = [(i, s.matcher) for i, s in enumerate(sampling) if s.matcher is not None]
+        if not found:
+            return None
+        return StepMasks([i for i, _ in found], [matcher for _, matcher in found])
+
 
 class Scheduler:
     """Continuous batching over one block pool."""
@@ -141,8 +158,8 @@ class Scheduler:
 
     # -- what the router wants
 
-    def add(self, submit: Submit) -> None:
-        """Take a sequence; one that can never run ends at once with an `error`."""
+    def add(self, submit: Submit, matcher: Matcher | None = None) -> None:
+        """Take a sequence, its grammar's matcher too; one that can never run ends with an `error`."""
         try:
             tokens = unpack_tokens(submit.tokens)
         except BadFrame as error:
@@ -152,11 +169,16 @@ class Scheduler:
         problem = refusal(submit, tokens, self._limits)
         if submit.id in self._sequences:
             problem = "this id is in use"
+        if problem is None and submit.grammar and matcher is None:
+            problem = "its grammar was not compiled"
         if problem is not None:
             self._outbox.finish(submit.id, "error", problem)
             return
+        if matcher is not None and matcher.complete:
+            self._outbox.finish(submit.id, "stop")
+            return
         root = self._pool.root(submit.salt)
-        sequence = Sequence(submit, tokens, max_total, self._arrivals, root)
+        sequence = Sequence(submit, tokens, max_total, self._arrivals, root, matcher)
         self._arrivals += 1
         self._sequences[sequence.id] = sequence
         self._queues.wait(sequence)
@@ -194,7 +216,7 @@ class Scheduler:
         if not draft.rows:
             return None
         self._step += 1
-        plan = StepPlan(self._step, draft.rows, draft.admits, draft.grows, draft.copies)
+        plan = draft.plan(self._step)
         self._launched.append((plan, draft.sequences))
         return plan
 
@@ -211,11 +233,14 @@ class Scheduler:
             if sequence.pooling is not None:
                 break
             start = sequence.scheduled
-            if len(sequence.tokens) - start > 1:
+            known = len(sequence.tokens) - start
+            if known > 1:
                 behind.append(sequence)
                 continue
             if start >= sequence.num_kv:
                 continue  # all is launched: its last tokens are in flight
+            if known < 1 and sequence.matcher is not None:
+                continue  # what its grammar allows next depends on the token in flight
             if budget == 0:
                 break
             if start == len(sequence.blocks) * block_size and not self._grow(draft, place):
@@ -295,17 +320,7 @@ class Scheduler:
         blocks, cached = sequence.blocks, sequence.scheduled
         if hit.source is not None:
             draft.copies.append(Copy(hit.source, blocks[len(hit.blocks)], hit.num_copied))
-        draft.admits.append(
-            Admit(
-                slot_of(sequence),
-                list(sequence.tokens),
-                sequence.num_prompt,
-                list(blocks),
-                sequence.sampling,
-                sequence.stop_ids,
-                sequence.pooling,
-            )
-        )
+        draft.admits.append(_admit_of(sequence))
         if not sequence.started:
             sequence.started = True
             queried = len(sequence.tokens) if self._reuses(sequence) else 0
@@ -354,12 +369,12 @@ class Scheduler:
                     outbox.logprobs.append(
                         logprobs_of(sequence.id, len(sequence.tokens), logprobs[at])
                     )
-                sequence.tokens.append(token)
+                sequence.append(token)
                 reason = finish_reason(sequence)
             else:
                 reason = self._computed(sequence, end, sampled.embeddings.get(index))
             if reason is not None:
-                self._end(sequence, reason)
+                self._end(sequence, reason, _DETAILS.get(reason, ""))
         self.counters.steps += 1
         outbox.news = True
 
@@ -410,6 +425,19 @@ def _check_sizes(pool: BlockPool, limits: Limits, step_tokens: int) -> None:
         raise ValueError("step_tokens and max_batch must be at least 1")
     if (pool.num_blocks, pool.block_size) != (limits.num_blocks, limits.block_size):
         raise ValueError("the pool's size is not the one announced in limits")
+
+
+def _admit_of(sequence: Sequence) -> Admit:
+    """What the device must know of a sequence that has just got its slot and blocks."""
+    return Admit(
+        slot_of(sequence),
+        list(sequence.tokens),
+        sequence.num_prompt,
+        list(sequence.blocks),
+        sequence.sampling,
+        sequence.stop_ids if sequence.matcher is None else (),  # its masks see to `min_new`
+        sequence.pooling,
+    )
 
 
 def _seal(pool: BlockPool, sequence: Sequence, start: int, end: int) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.device.batch import Batch
 from engine.device.kv import KvCache
 from engine.device.pooling import SlotPooling
-from engine.device.sampling import Scores, SlotSampling, sample, score, wait_for
+from engine.device.sampling import Scores, SlotSampling, mask_logits, sample, score, wait_for
 from engine.device.threads import ThreadGovernor
 from engine.models.base import Model
-from engine.plan import Pending, Row, Sampled, StepPlan, TokenLogprobs
+from engine.plan import Pending, Row, Sampled, StepMasks, StepPlan, TokenLogprobs
 
 # Prompt logits are computed for so many positions at a time: 64 rows of 150k floats are 39 MB.
 _PROMPT_LOGIT_ROWS = 64
@@ -92,12 +92,12 @@ class Runner:
             return Done(Sampled([], {}, prompt_logprobs, failed, embeddings))
         wanted = torch.tensor([inputs.last[i] for i in sampling], device=hidden.device)
         logits = self._model.logits(hidden[wanted])
-        tokens, logprobs, unsound = self._sample(logits, [rows[i] for i in sampling])
+        tokens, logprobs, unsound = self._sample(logits, [rows[i] for i in sampling], plan.masks)
         failed |= {sampling[i]: text for i, text in unsound.items()}
         return Done(Sampled(tokens, logprobs, prompt_logprobs, failed, embeddings))
 
     def _sample(
-        self, logits: Tensor, rows: list[Row]
+        self, logits: Tensor, rows: list[Row], masks: StepMasks | None
     ) -> tuple[list[int], dict[int, TokenLogprobs], dict[int, str]]:
         """Chooses, writes the choice into the token rows, and scores it where that is asked."""
         slots = [self._slot(row) for row in rows]
@@ -107,15 +107,18 @@ class Runner:
         scored = [
             i for i, slot in enumerate(slots) if slot.params.logprobs >= 0 and i not in failed
         ]
-        # Logprobs are those of the model, before penalties and bias, so they need the raw logits.
+        masked = frozenset(masks.rows) if masks is not None else ()
+        # Logprobs are those of the model, before masks and edits, so they need the raw logits.
         raw = {
             i: logits[i : i + 1].clone()
-            if slots[i].edits_logits or self._text_ids
+            if slots[i].edits_logits or self._text_ids or i in masked
             else logits[i : i + 1]
             for i in scored
         }
         if self._text_ids:
             logits[:, self._text_ids :] = float("-inf")
+        if masks is not None:
+            mask_logits(logits, masks.rows, masks.bits())
         ends = [row.start + row.count for row in rows]
         token_rows = self._batch.tokens
         known = [token_rows[row.slot, :end] for row, end in zip(rows, ends, strict=True)]

@@ -2,13 +2,17 @@
 
 Pure functions of tensors. Randomness is a pure function of (seed, position): a request gives the
 same text whatever runs beside it, and can continue on another engine. Order as in vLLM: bias and
-penalties on the raw logits, then temperature, min-p, top-k, top-p.
+penalties on the raw logits, then temperature, min-p, top-k, top-p. What a grammar forbids is -inf
+before all of these, so that no bias brings it back and top-k counts only what is allowed.
+Log-probabilities are those of the model: of the raw logits, before masks, bias and penalties.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -84,6 +88,17 @@ def sample(logits: Tensor, slots: list[SlotSampling], known: list[Tensor]) -> Te
             logits[rows], [slots[row] for row in random], [known[row] for row in random]
         )
     return tokens
+
+
+def mask_logits(logits: Tensor, rows: list[int], bits: npt.NDArray[np.int32]) -> None:
+    """Ids of `rows` that a grammar forbids get -inf, in place. `bits`: see `plan.StepMasks`."""
+    flags = np.unpackbits(bits.view(np.uint8), axis=1, count=logits.shape[-1], bitorder="little")
+    forbidden = torch.from_numpy(flags == 0).to(logits.device)
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, float("-inf"))
+    else:
+        for row, one in zip(rows, forbidden, strict=True):
+            logits[row].masked_fill_(one, float("-inf"))
 
 
 def edit_logits(logits: Tensor, slot: SlotSampling, known: Tensor) -> None:
