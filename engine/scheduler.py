@@ -159,7 +159,7 @@ class Scheduler:
     # -- what the router wants
 
     def add(self, submit: Submit, matcher: Matcher | None = None) -> None:
-        """Take a sequence, its grammar's matcher too; one that can never run ends with an `error`."""
+        """Take a sequence (and its grammar's matcher); one that can never run ends with `error`."""
         try:
             tokens = unpack_tokens(submit.tokens)
         except BadFrame as error:

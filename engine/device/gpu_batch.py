@@ -210,6 +210,15 @@ class _Sections:
         buffer[start : start + len(values)] = values
 
 
+def upload_masks(rows: list[int], bits: IntArray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`engine.plan.StepMasks` on their way to the card, for `engine.kernels.masks`."""
+    numbers = torch.empty(len(rows), dtype=torch.int32, device=device)
+    words = torch.empty(bits.shape, dtype=torch.int32, device=device)
+    _upload(numbers, np.array(rows, dtype=np.int32))
+    _upload(words, bits)
+    return numbers, words
+
+
 def _upload(target: Tensor, values: IntArray | ByteArray) -> None:
     """Queues a copy from memory that the card reads by itself, which torch keeps until then."""
     source = torch.from_numpy(values)

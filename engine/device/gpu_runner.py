@@ -16,16 +16,17 @@ from torch import Tensor
 
 from engine.attention.paged import PagedStep
 from engine.attention.paged_decode import decode_splits
-from engine.device.gpu_batch import GpuBatch
+from engine.device.gpu_batch import GpuBatch, upload_masks
 from engine.device.graphs import Graphs
 from engine.device.kv import KvCache
 from engine.device.pooling import Pooled, SlotPooling
 from engine.device.sampling import Scores, SlotSampling, edit_logits, score, to_host
 from engine.device.step_shape import StepShape, captured_shape, decode_buckets, first_shapes
+from engine.kernels.masks import mask_rows
 from engine.kernels.sampler import SampledRows, sample_rows
 from engine.kernels.step_inputs import SlotState, prepare_inputs
 from engine.models.base import Model, ModelShape
-from engine.plan import Row, Sampled, StepPlan
+from engine.plan import Row, Sampled, StepMasks, StepPlan
 
 # Prompt logits are computed for so many positions at a time: 64 rows of 150k floats are 39 MB.
 _PROMPT_LOGIT_ROWS = 64
@@ -132,7 +133,7 @@ class GpuRunner:
         pooled = self._pooling.add(rows, last, hidden, self._model.last_hidden)
         tokens, scores = None, dict[int, Scores]()
         if staged.sampled:
-            chosen, scores = self._sample([rows[i] for i in staged.sampled], hidden)
+            chosen, scores = self._sample([rows[i] for i in staged.sampled], hidden, plan.masks)
             tokens = to_host(chosen)
         done = torch.cuda.current_stream().record_event() if hidden.is_cuda else None
         return Launched(done, tokens, staged.sampled, scores, prompt_scores, pooled)
@@ -155,7 +156,9 @@ class GpuRunner:
         )  # fmt: skip
         return self._model.forward(ids, positions, self._cache.layers, attention)
 
-    def _sample(self, rows: list[Row], hidden: Tensor) -> tuple[Tensor, dict[int, Scores]]:
+    def _sample(
+        self, rows: list[Row], hidden: Tensor, masks: StepMasks | None
+    ) -> tuple[Tensor, dict[int, Scores]]:
         """Chooses tokens, also into the token rows; scores them where that is asked."""
         batch, text_ids = self._batch, self._settings.text_ids
         count = len(rows)
@@ -164,9 +167,13 @@ class GpuRunner:
         slots = [self._slot(row) for row in rows]
         scored = [i for i, slot in enumerate(slots) if slot.params.logprobs >= 0]
         edited = [i for i, slot in enumerate(slots) if slot.edits_logits]
-        # Logprobs are those of the model, before penalties and bias, so they need the raw logits.
+        masked = masks.rows if masks is not None else []
+        # Logprobs are those of the model, before masks and edits, so they need the raw logits.
         raw = {i: logits[i : i + 1] for i in scored}
-        raw |= {i: raw[i].clone() for i in edited if i in raw}
+        raw |= {i: raw[i].clone() for i in {*edited, *masked} if i in raw}
+        if masks is not None:
+            # The forward pass is queued by now: the card computes while the host does, here.
+            mask_rows(logits, *upload_masks(masks.rows, masks.bits(), logits.device))
         for i in edited:
             row = rows[i]
             known = batch.tokens[row.slot, : row.start + row.count]
