@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from engine.blocks import BlockPool
-from engine.plan import Copy, Row, Sampled, StepPlan, TokenLogprobs
+from engine.plan import Copy, Row, Sampled, StepMasks, StepPlan, TokenLogprobs
 from engine.prefix import PrefixIndex
 from engine.protocol import (
     Finish,
@@ -32,6 +32,7 @@ from engine.protocol import (
     unpack_tokens,
 )
 from engine.scheduler import Scheduler
+from tests.grammars import matcher_of
 
 KEY = b"key of the tests"
 
@@ -152,7 +153,7 @@ class FakeRunner:
             blocks = self.slots[grow.slot].blocks
             assert grow.at == len(blocks), "a block table grew with a gap or an overlap"
             blocks += grow.blocks
-        return Ready(self._forward(plan.rows))
+        return Ready(self._forward(plan))
 
     def _copy(self, copies: list[Copy]) -> None:
         sources = {copy.source for copy in copies}
@@ -166,7 +167,9 @@ class FakeRunner:
             self.marks[copy.target] = kept + [None] * (self.limits.block_size - copy.count)
             self.num_copied += copy.count
 
-    def _forward(self, rows: list[Row]) -> Sampled:
+    def _forward(self, plan: StepPlan) -> Sampled:
+        rows = plan.rows
+        banned = {} if plan.masks is None else forbidden(plan.masks, self.limits.vocab_size)
         assert len({row.slot for row in rows}) == len(rows), "two rows of one slot"
         for row in rows:  # before any write: nobody may depend on another row of this step
             self._check(row, row.start)
@@ -183,7 +186,7 @@ class FakeRunner:
             self._prompt_logprobs(sampled, index, row)
             self._pool(embeddings, index, row)
             if row.samples:
-                self._sample(sampled, row)
+                self._sample(sampled, row, banned.get(len(sampled.tokens), set()))
         return sampled
 
     def _place(self, state: SlotState, position: int) -> tuple[list[int | None], int]:
@@ -230,11 +233,13 @@ class FakeRunner:
         if state.num_pooled == len(state.tokens):
             embeddings[index] = embedding(state.tokens, state.pooling)
 
-    def _sample(self, sampled: Sampled, row: Row) -> None:
+    def _sample(self, sampled: Sampled, row: Row, forbidden: set[int]) -> None:
         state = self.slots[row.slot]
         assert row.start + row.count == len(state.tokens), f"{row} samples in mid-text"
         num_generated = len(state.tokens) - state.num_prompt
-        banned = state.stop_ids if num_generated < state.sampling.min_new else ()
+        early = state.stop_ids if num_generated < state.sampling.min_new else ()
+        banned = forbidden.union(early)
+        assert len(banned) < self.limits.vocab_size, "nothing may be sampled"
         state.append(next_token(state.marks[-1], self.limits.vocab_size, banned))
         best = state.sampling.logprobs
         if best >= 0:
@@ -242,6 +247,15 @@ class FakeRunner:
             values = TokenLogprobs([logprob(mark)], [rivals(mark, best)])
             sampled.logprobs[len(sampled.tokens)] = values
         sampled.tokens.append(state.tokens[-1])
+
+
+def forbidden(masks: StepMasks, vocab_size: int) -> dict[int, set[int]]:
+    """The ids that a step's grammars forbid, for each of their rows among those that sample."""
+    words = masks.bits().tolist()
+    return {
+        row: {i for i in range(vocab_size) if not line[i // 32] >> i % 32 & 1}
+        for row, line in zip(masks.rows, words, strict=True)
+    }
 
 
 def make_limits(
@@ -275,6 +289,7 @@ def make_submit(
     priority: int = 0,
     num_prompt: int = 0,
     pooling: Pooling | None = None,
+    grammar: str = "",
 ) -> Submit:
     """A `Submit` from plain token ids."""
     return Submit(
@@ -288,6 +303,7 @@ def make_submit(
         priority=priority,
         num_prompt=num_prompt,
         pooling=pooling,
+        grammar=grammar,
     )
 
 
@@ -350,7 +366,7 @@ class Driver:
 
     def submit(self, *submits: Submit) -> None:
         for submit in submits:
-            self.scheduler.add(submit)
+            self.scheduler.add(submit, matcher_of(submit) if submit.grammar else None)
 
     def step(self, overlap: int | None = None) -> None:
         """Plan and launch one step, commit all but the `overlap` youngest, collect the output."""

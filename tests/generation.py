@@ -11,6 +11,7 @@ import msgspec
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.device.build import Device, build_device
+from engine.grammar import Grammars, Matcher
 from engine.prefix import PrefixIndex
 from engine.protocol import (
     Finish,
@@ -19,6 +20,7 @@ from engine.protocol import (
     Sampling,
     Stats,
     Submit,
+    Vocabulary,
     pack_tokens,
     unpack_floats,
     unpack_tokens,
@@ -66,13 +68,14 @@ class Driver:
         self.stats = Stats()
         self._device = device
         self._ids = 0
+        self._grammars: Grammars | None = None
 
     def run(self, submits: Iterable[Submit], overlap: int = 0) -> list[Generated]:
         """Runs all to their ends, `overlap` steps ahead; results in the order of `submits`."""
         results: dict[int, Generated] = {}
         for submit in submits:
             results[submit.id] = Generated()
-            self.scheduler.add(submit)
+            self.scheduler.add(submit, self._matcher_of(submit) if submit.grammar else None)
         launched = []
         while self.scheduler.busy:
             plan = self.scheduler.plan()
@@ -84,6 +87,17 @@ class Driver:
             self._collect(results)
         self._collect(results)
         return list(results.values())
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """From now on submits may have grammars."""
+        self._grammars = Grammars(vocabulary, self._device.limits.vocab_size)
+
+    def _matcher_of(self, submit: Submit) -> Matcher:
+        assert self._grammars is not None
+        generated = unpack_tokens(submit.tokens)[submit.num_prompt :] if submit.num_prompt else []
+        return self._grammars.matcher(
+            submit.grammar, generated, submit.stop_ids, submit.sampling.min_new
+        )
 
     def submit(
         self, tokens: list[int], max_new: int, sampling: Sampling = GREEDY, **more: object
