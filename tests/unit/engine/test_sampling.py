@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from engine.device.sampling import (
     SlotSampling,
     edit_logits,
     exponentials,
+    mask_logits,
     noise_key,
     sample,
     score,
@@ -178,3 +180,22 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     assert torch.allclose(torch.tensor(got.chosen), want[[0, 1], tokens], atol=1e-6)
     assert [[token for token, _ in row] for row in got.top] == scores.topk(2).indices.tolist()
     assert score(scores, tokens, 0).read().top == [[], []]
+
+
+def test_masks_come_before_bias_and_top_k() -> None:
+    """Nothing brings a forbidden id back, and top-k counts what is allowed."""
+    scores = torch.arange(40, dtype=torch.float32).repeat(3, 1)
+    bits = np.zeros((2, 2), dtype=np.uint32)
+    bits[0, 0] = 1 << 3 | 1 << 31
+    bits[1, 1] = 1 << 1
+    mask_logits(scores, [0, 2], bits.view(np.int32))
+    assert scores[0].isfinite().nonzero().flatten().tolist() == [3, 31]
+    assert scores[1].isfinite().all()
+    assert scores[2].isfinite().nonzero().flatten().tolist() == [33]
+    params = Sampling(temperature=1.0, top_k=5, logit_bias=((20, 100.0), (3, 1.0)))
+    slots = [SlotSampling.of(Admit(0, [], 1, [], params, ()), CPU)] * 3
+    known = [torch.zeros(position, dtype=torch.int64) for position in (4, 5, 6)]
+    tokens = sample(scores, slots, known).tolist()
+    assert tokens[0] in (3, 31)
+    assert tokens[1] == 20
+    assert tokens[2] == 33
