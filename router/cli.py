@@ -388,14 +388,17 @@ async def _run(
     from router.supervisor import Supervisor
     from router.text.pool import TextPool
     from router.text.served import ModelTable
+    from router.text.wire_vocabulary import vocabulary_of
     from router.waiting import FlowSettings
 
     limits = config.limits
     most = limits.max_concurrency or max(spec.config.max_batch for spec in specs)
     metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
     table = StreamTable()
-    fleet = Fleet([spec.model for spec in specs], table, link, metrics, time.monotonic)
     bounds = QueueBounds(limits.max_queue, limits.max_queue_tokens)
+    names = [spec.model for spec in specs]
+    served = ModelTable(models)
+    fleet = Fleet(names, table, link, metrics, time.monotonic, vocabulary_of(served))
     admission = _admission(most, bounds, models, fleet)
     supervisor = Supervisor(specs, fleet, metrics, on_fatal=limits.on_fatal, clock=time.monotonic)
     life = Lifecycle(fleet, link, supervisor, admission, table, metrics)
@@ -412,7 +415,7 @@ async def _run(
     flow = Flow(fleet, admission, metrics, settings, time.monotonic)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
     keys = config.http.api_keys
-    parts = Parts(ModelTable(models), flow, embed_flow, pool, metrics, life, keys)
+    parts = Parts(served, flow, embed_flow, pool, metrics, life, keys)
     try:
         return await life.run(
             build_app(parts),

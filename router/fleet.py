@@ -56,6 +56,11 @@ class Orders(Protocol):
     def salt(self) -> bytes: ...
     @property
     def priority(self) -> int: ...
+    @property
+    def grammar(self) -> str: ...
+
+
+VocabularyOf = Callable[[str, int, int], protocol.Vocabulary]  # of model, number of ids, epoch
 
 
 class Replica:
@@ -71,6 +76,7 @@ class Replica:
         self.limits: Limits | None = None
         self.stats = Stats()
         self.submitted = 0
+        self.knows_vocabulary = False  # told to this epoch
         self.heard_s = 0.0  # last frame of this epoch, or the moment its work began
         self.patience_s = 0.0  # how long it may be silent beyond the usual, as announced
         self.ping_n = 0
@@ -93,13 +99,15 @@ class Fleet:
         link: EngineLink,
         metrics: Metrics,
         clock: Callable[[], float],
+        vocabulary_of: VocabularyOf | None = None,
     ) -> None:
-        """The i-th of `models` is the model of replica i; `clock` gives monotonic seconds."""
+        """Replica i serves models[i]; `clock` is monotonic; no `vocabulary_of`: no grammars."""
         self.replicas = [Replica(index, model) for index, model in enumerate(models)]
         self._table = table
         self._link = link
         self._metrics = metrics
         self._clock = clock
+        self._vocabulary_of = vocabulary_of
         self._of_identity: dict[bytes, Replica] = {}
         self._listeners: list[Callable[[Replica], None]] = []
         self._bad_frame_logged_s = float("-inf")
@@ -160,6 +168,7 @@ class Fleet:
         replica.identity = identity
         replica.stats = Stats()
         replica.fatal = None
+        replica.knows_vocabulary = False
         replica.outbox.clear()
         replica.ping_s = None
         replica.heard_s = self._clock()
@@ -217,25 +226,23 @@ class Fleet:
         if not self._table.of_replica(replica):
             chosen.heard_s = now  # an idle engine owes progress from here on
             chosen.patience_s = 0.0
-        message = protocol.Submit(
-            epoch=chosen.epoch,
-            id=stream.id,
-            tokens=protocol.pack_tokens([*stream.prompt, *stream.tokens]),
-            sampling=placement.sampling,
-            max_new=stream.max_new - len(stream.tokens),
-            stop_ids=placement.stop_ids,
-            salt=placement.salt,
-            priority=placement.priority,
-            num_prompt=len(stream.prompt),
-            pooling=stream.pooling,
-        )
-        if not self._post(chosen, message):
+        if placement.grammar and not self._tell_vocabulary(chosen):
+            return False
+        if not self._post(chosen, _order(chosen.epoch, stream, placement)):
             return False
         self._table.assign(stream, replica)
         chosen.submitted += 1
         if stream.submitted_s is None:
             stream.submitted_s = now
         return True
+
+    def _tell_vocabulary(self, replica: Replica) -> bool:
+        """Once in each epoch, before its first grammar. False if the replica is just gone."""
+        limits, of = replica.limits, self._vocabulary_of
+        if replica.knows_vocabulary or limits is None or of is None:
+            return True
+        replica.knows_vocabulary = True
+        return self._post(replica, of(replica.model, limits.vocab_size, replica.epoch))
 
     def close(self, stream: Stream) -> None:
         """Forget the stream, and abort it if an engine still works on it. May be called twice."""
@@ -379,3 +386,20 @@ class Fleet:
             logs.warning("bad_frame", replica=replica.index, reason=reason, frames=count)
             self._bad_frame_logged_s = now
             self._bad_frames_unlogged = 0
+
+
+def _order(epoch: int, stream: Stream, placement: Orders) -> protocol.Submit:
+    """The stream with its tokens so far, for an engine to go on with."""
+    return protocol.Submit(
+        epoch=epoch,
+        id=stream.id,
+        tokens=protocol.pack_tokens([*stream.prompt, *stream.tokens]),
+        sampling=placement.sampling,
+        max_new=stream.max_new - len(stream.tokens),
+        stop_ids=placement.stop_ids,
+        salt=placement.salt,
+        priority=placement.priority,
+        num_prompt=len(stream.prompt),
+        pooling=stream.pooling,
+        grammar=placement.grammar,
+    )

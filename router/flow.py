@@ -85,7 +85,7 @@ class Job:
 
     Choice i belongs to prompt i // n. `sampling.seed` is that of each prompt's first choice; the
     others' are derived from it. `max_new` None: the rest of the context; 0: only the prompt is
-    wanted (echo).
+    wanted (echo). Every choice follows `grammar` (llguidance's text form; "": none).
     """
 
     record: RequestRecord
@@ -98,6 +98,7 @@ class Job:
     salt: bytes = b""
     priority: int = 0
     tenant: bytes = b""  # whose request it is, where several keys are in use
+    grammar: str = ""
 
     @property
     def num_choices(self) -> int:
@@ -137,6 +138,7 @@ class Placement(NamedTuple):
     stop_ids: tuple[int, ...]
     salt: bytes
     priority: int
+    grammar: str = ""
 
 
 class Flow:
@@ -363,6 +365,7 @@ class _Choice:
             stop_ids=tuple(sorted(job.rules.stop_ids)),
             salt=job.salt,
             priority=job.priority,
+            grammar=job.grammar,
         )
         self._text = ChoiceText(job.rules)
         self._prompt_only = job.max_new == 0

@@ -26,6 +26,7 @@ from engine.protocol import (
     Started,
     StepOutput,
     Submit,
+    Vocabulary,
 )
 from router.admission import EMBEDDING_SHARE, Admission, Gate, QueueBounds
 from router.app import Parts, build_app
@@ -38,6 +39,7 @@ from router.text.model import load_text
 from router.text.pool import TextPool
 from router.text.pooling import PoolingRule
 from router.text.served import ModelTable, ServedModel
+from router.text.wire_vocabulary import vocabulary_of
 from router.waiting import FlowSettings
 from tools.fake_batch import fake_embedding
 from tools.tiny_model import VOCAB_SIZE, decode_tokens, encode_text, write_tiny_model
@@ -75,6 +77,7 @@ class LoopbackEngines:
     plays: Callable[[str], Play]
     fleet: Fleet | None = None
     submits: list[Submit] = field(default_factory=list)
+    vocabularies: list[Vocabulary] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
@@ -92,6 +95,8 @@ class LoopbackEngines:
             task = asyncio.ensure_future(self._run(identity, message))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        elif isinstance(message, Vocabulary):
+            self.vocabularies.append(message)
         elif isinstance(message, protocol.Abort):
             self.aborted += message.ids
             self.running.difference_update(message.ids)
@@ -307,7 +312,9 @@ async def router_parts(
     )
     metrics, table = Metrics(), StreamTable()
     engines = LoopbackEngines(plays, embedding_size=embedding_size)
-    fleet = Fleet([MODEL] * replicas, table, engines, metrics, time.monotonic)
+    served = ModelTable([model])
+    vocabularies = vocabulary_of(served)
+    fleet = Fleet([MODEL] * replicas, table, engines, metrics, time.monotonic, vocabularies)
     engines.fleet = fleet
 
     def gate(permits_each: int) -> Gate:
@@ -324,7 +331,7 @@ async def router_parts(
     for replica in range(replicas if started else 0):
         engines.start(replica)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
-    parts = Parts(ModelTable([model]), flow, embed_flow, pool, metrics, AlwaysWell(), keys)
+    parts = Parts(served, flow, embed_flow, pool, metrics, AlwaysWell(), keys)
     app = build_app(parts)
     try:
         yield Router(app, flow, fleet, table, engines, admission, metrics, model)

@@ -19,6 +19,8 @@ THE SCRIPT (every field is optional; an unknown one is an error, exit 64)
                  all sequences that are due.
   max_batch      sequences running at once, the others wait (0: as the router says)
   max_len, vocab_size, num_blocks, version     what Ready reports (0/null: 4096, 272, 4096, true)
+  grammar_log    a path: each vocabulary and each grammar that arrives is added as a line of JSON,
+                 with replica and epoch. Both are taken and change nothing.
   embedding_size, generates                    the same (8, true); embedding_size 0: makes none
   load_s         seconds between start and Ready, announced by Busy unless silent_load is true
   start_faults   list of faults of the process itself, see below
@@ -104,8 +106,10 @@ from engine.protocol import (
     StepOutput,
     Submit,
     ToRouter,
+    Vocabulary,
     encode,
     pack_tokens,
+    unpack_tokens,
 )
 from tools.fake_batch import FakeBatch, FakeSequence
 from tools.fake_script import Fault, Script, load_script
@@ -170,7 +174,10 @@ class FakeEngine:
                 case Submit() if self._draining:
                     self._batch.end(item.id, "abort", "the engine is draining")
                 case Submit():
+                    self._log_grammar(item)
                     self._batch.add(item, now)
+                case Vocabulary():
+                    self._log_grammar(item)
                 case Abort():
                     self._batch.abort(item.ids, now)
                 case Ping():
@@ -188,6 +195,18 @@ class FakeEngine:
                     self.exit_code = EXIT_PARENT_GONE
                 case Skipped():
                     self._bad_frames += 1
+
+    def _log_grammar(self, item: Submit | Vocabulary) -> None:
+        entry: dict[str, object] = {"replica": self._config.replica, "epoch": self._config.epoch}
+        if isinstance(item, Vocabulary):
+            entry |= {"ids": len(unpack_tokens(item.lengths)), "eos": item.eos}
+        elif item.grammar:
+            entry |= {"id": item.id, "grammar": item.grammar}
+        else:
+            return
+        if self._script.grammar_log:
+            with Path(self._script.grammar_log).open("ab") as file:
+                file.write(msgspec.json.encode(entry) + b"\n")
 
     def _step(self, now: float) -> None:
         for sequence, fault in self._batch.take_faults(now):

@@ -136,6 +136,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     generates: bool = True
     tokens_per_s: float = 0.0
     step_ms: float = 0.0
+    grammar_log: str = ""
 
     def rule_for(self, text: str, config: EngineConfig) -> Rule:
         """The first rule that fits, else the one that echoes."""

@@ -24,6 +24,7 @@ from engine.protocol import (
     Submit,
     ToEngine,
     ToRouter,
+    Vocabulary,
     decode_to_engine,
     encode,
     pack_tokens,
@@ -42,6 +43,7 @@ class Placement(NamedTuple):
     stop_ids: tuple[int, ...] = (2,)
     salt: bytes = b"s"
     priority: int = 0
+    grammar: str = ""
 
 
 class ScriptedLink:
@@ -60,6 +62,10 @@ class ScriptedLink:
         return self.sent[-1][1]
 
 
+def vocabulary(model: str, vocab_size: int, epoch: int) -> Vocabulary:
+    return Vocabulary(epoch, pack_tokens([1] * vocab_size), model.encode() * vocab_size, (), (0,))
+
+
 class World:
     """Two replicas of one model, and a clock that stands still."""
 
@@ -68,7 +74,9 @@ class World:
         self.table = StreamTable()
         self.link = ScriptedLink()
         self.metrics = Metrics()
-        self.fleet = Fleet(["m", "m"], self.table, self.link, self.metrics, lambda: self.now)
+        self.fleet = Fleet(
+            ["m", "m"], self.table, self.link, self.metrics, lambda: self.now, vocabulary
+        )
         self.changes: list[tuple[int, str]] = []
         self.fleet.subscribe(lambda r: self.changes.append((r.index, r.state)))
 
@@ -362,3 +370,50 @@ async def test_samples() -> None:
     w.now += 2
     sample = w.fleet.samples()[0]
     assert (sample.running, sample.progress_age_s, sample.block_size) == (1, 2.0, 32)
+
+
+async def test_the_vocabulary_goes_before_the_first_grammar_of_an_epoch() -> None:
+    w = World()
+    w.ready(0)
+    w.ready(1)
+    bound = Placement(grammar="start: /a/")
+    first, second, third = (w.fleet.open([1], 5) for _ in range(3))
+    plain = w.submit(0)
+    w.link.sent.clear()
+    assert w.fleet.submit(first, 0, bound)
+    assert w.fleet.submit(second, 0, bound)
+    assert w.fleet.submit(third, 1, bound)
+    kinds = [(identity, type(message)) for identity, message in w.link.sent]
+    assert kinds == [
+        (b"e0-1", Vocabulary),
+        (b"e0-1", Submit),
+        (b"e0-1", Submit),
+        (b"e1-1", Vocabulary),
+        (b"e1-1", Submit),
+    ]
+    told, order = w.link.sent[0][1], w.link.sent[1][1]
+    assert told == vocabulary("m", 50, 1)
+    assert isinstance(order, Submit)
+    assert order.grammar == "start: /a/"
+    # The next epoch of the replica is told anew, and the stream goes on under its grammar.
+    w.say(tokens(1, first, 7))
+    w.fleet.lose(0, "test")
+    w.ready(0, epoch=2)
+    w.link.sent.clear()
+    first.reopen()
+    assert w.fleet.submit(first, 0, bound)
+    told, order = (message for _, message in w.link.sent)
+    assert told == vocabulary("m", 50, 2)
+    assert isinstance(order, Submit)
+    assert (order.epoch, order.grammar, unpack_tokens(order.tokens)) == (2, "start: /a/", [1, 7])
+    assert plain.lost
+
+
+async def test_an_engine_that_goes_while_it_is_told_the_vocabulary() -> None:
+    w = World()
+    w.ready()
+    stream = w.fleet.open([1], 5)
+    w.link.answer = "gone"
+    assert not w.fleet.submit(stream, 0, Placement(grammar="start: /a/"))
+    assert w.state() == "restarting"
+    assert stream.submitted_s is None

@@ -73,6 +73,7 @@ def job(router: Router, *prompts: str, n: int = 1, max_new: int | None = 100, **
         prompts=tuple(encode_text(prompt) for prompt in prompts),
         n=n,
         max_new=max_new,
+        grammar=more.pop("grammar", ""),
         sampling=Sampling(seed=7, logprobs=logprobs, **more),
         rules=rules,
     )
@@ -325,3 +326,20 @@ async def test_room(router: Router) -> None:
 
 def test_record_has_no_empty_fields() -> None:
     assert RequestRecord("r", 0.0).fields() == {"request_id": "r", "status": 0}
+
+
+async def test_a_grammar_goes_with_every_choice_and_on_to_the_next_engine(tmp_path: Path) -> None:
+    def dying(prompt: str) -> Play:
+        return Play([encode_text("12"), encode_text("34")], dies_at=3 if prompt == "dies" else -1)
+
+    async with router_parts(tmp_path, dying) as parts:
+        await run(parts, job(parts, "free"))
+        assert parts.engines.vocabularies == []
+        steps = await run(parts, job(parts, "bound", n=2, grammar="start: /[0-9]+/"))
+        assert [text_of(steps, i) for i in (0, 1)] == ["1234", "1234"]
+        steps = await run(parts, job(parts, "dies", grammar="start: /[0-9]+/"))
+        assert text_of(steps) == "1234"
+    grammars = [submit.grammar for submit in parts.engines.submits]
+    assert grammars == ["", *["start: /[0-9]+/"] * 4]
+    assert [told.epoch for told in parts.engines.vocabularies] == [1, 2]
+    assert protocol.unpack_tokens(parts.engines.submits[-1].tokens)[-3:] == encode_text("123")
