@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
 import jiter
 
@@ -33,9 +33,14 @@ class TaggedCalls:
     (Qwen3-Coder).
     """
 
-    marks: Final = ("<tool_call>",)
-    turns: Final = ()
-    bare: Final = False
+    marks: ClassVar[tuple[str, ...]] = ("<tool_call>",)
+    words: ClassVar[tuple[str, ...]] = (
+        *marks,
+        "</tool_call>",
+        *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    )
+    turns: ClassVar[tuple[str, ...]] = ()
+    bare: ClassVar[bool] = False
 
     def read(self, sink: CallSink, mark: str) -> Reading[bool]:  # noqa: ARG002 - there is one
         """See `CallSyntax`."""
@@ -57,9 +62,10 @@ class JsonCalls:
     Perhaps after a mark.
     """
 
-    marks: Final = ("<|python_tag|>",)
-    turns: Final = ()
-    bare: Final = True
+    marks: ClassVar[tuple[str, ...]] = ("<|python_tag|>",)
+    words: ClassVar[tuple[str, ...]] = marks
+    turns: ClassVar[tuple[str, ...]] = ()
+    bare: ClassVar[bool] = True
 
     def read(self, sink: CallSink, mark: str) -> Reading[bool]:
         """See `CallSyntax`."""
@@ -82,9 +88,10 @@ class JsonCalls:
 class MarkedCalls:
     """`[TOOL_CALLS]` and a list of objects, or `name[ARGS]{…}` (Mistral)."""
 
-    marks: Final = ("[TOOL_CALLS]",)
-    turns: Final = ()
-    bare: Final = False
+    marks: ClassVar[tuple[str, ...]] = ("[TOOL_CALLS]",)
+    words: ClassVar[tuple[str, ...]] = (*marks, "[CALL_ID]", "[ARGS]")
+    turns: ClassVar[tuple[str, ...]] = ()
+    bare: ClassVar[bool] = False
 
     def read(self, sink: CallSink, mark: str) -> Reading[bool]:  # noqa: ARG002 - there is one
         """See `CallSyntax`."""
@@ -143,9 +150,10 @@ class LineCalls:
     An answer has parts, each of which may be such a call.
     """
 
-    marks: Final = ()
-    turns: Final = ("<|assistant|>",)
-    bare: Final = True
+    marks: ClassVar[tuple[str, ...]] = ()
+    turns: ClassVar[tuple[str, ...]] = ("<|assistant|>",)
+    words: ClassVar[tuple[str, ...]] = turns
+    bare: ClassVar[bool] = True
 
     def read(self, sink: CallSink, mark: str) -> Reading[bool]:  # noqa: ARG002 - there is none
         """See `CallSyntax`."""

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 import msgspec
 
@@ -50,22 +50,17 @@ class ThinkingRule:
 
 
 class CallSyntax(Protocol):
-    """How a family of models writes calls."""
+    """How a family of models writes calls.
 
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """What opens calls, wherever it stands."""
-        ...
+    `marks` open calls, wherever they stand. `turns` separate parts of an answer, each of which may
+    be a call; they are never shown. `words` are all that it looks for and that may be control
+    tokens. `bare`: a call without a mark may stand at the start of the answer or of a part.
+    """
 
-    @property
-    def turns(self) -> tuple[str, ...]:
-        """What separates parts of an answer, each of which may be a call; never shown."""
-        ...
-
-    @property
-    def bare(self) -> bool:
-        """A call without a mark may stand at the start of the answer or of a part."""
-        ...
+    marks: ClassVar[tuple[str, ...]]
+    turns: ClassVar[tuple[str, ...]]
+    words: ClassVar[tuple[str, ...]]
+    bare: ClassVar[bool]
 
     def read(self, sink: CallSink, mark: str) -> Reading[bool]:
         """Reads the calls behind `mark` ("" for a bare one); False if there was none."""
