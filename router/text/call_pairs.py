@@ -51,13 +51,13 @@ def read_tagged(sink: CallSink) -> Reading[bool]:
     sink.open_call(name)
     pairs = Pairs(sink)
     while True:
-        char = yield from window.skip()
+        yield from window.skip()
         pair = yield from _read_pair(window)
         if pair is None:
             break
         key, value = pair
         pairs.add(key, _json(value) if sink.takes_text(name, key) else _json_of_text(value))
-    if char:  # else it was cut
+    if (yield from window.peek()):  # else it was cut
         pairs.close()
     if not sink.done:
         for tag in ("</function>", "</tool_call>"):
@@ -79,7 +79,10 @@ def _read_pair(window: Window) -> Reading[tuple[str, str] | None]:
         value = value and value.removeprefix("\n").removesuffix("\n")
     else:
         return None
-    return None if key is None or value is None else (key.strip(WHITE), value)
+    if key is None or value is None:  # cut
+        window.take(len(window.text))
+        return None
+    return key.strip(WHITE), value
 
 
 def read_python(sink: CallSink) -> Reading[None]:

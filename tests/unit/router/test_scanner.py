@@ -152,6 +152,134 @@ def test_one_call_only() -> None:
     assert scanner.num_calls == 1
 
 
+def test_tags_around_pairs() -> None:
+    """GLM-4.5 and Qwen3-Coder."""
+    glm = (
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>12</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+    )
+    expected = call("get_weather", '{"city": "12", "days": 3}')
+    assert whole(TAGGED, "I look. " + glm) == [("content", "I look."), *expected]
+    assert whole(TAGGED, glm.replace("\n", "")) == expected
+    assert whole(TAGGED, glm[: glm.index("3")]) == call("get_weather", '{"city": "12"')
+    qwen = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nNew\nYork\n</parameter>\n"
+        '<parameter=days>\n[1, "x"]\n</parameter>\n<parameter=w>\nNaN\n</parameter>\n'
+        "</function>\n</tool_call>\nbye"
+    )
+    assert whole(TAGGED, qwen) == [
+        *call("get_weather", '{"city": "New\\nYork", "days": [1, "x"], "w": "NaN"}'),
+        ("content", "bye"),
+    ]
+    assert whole(TAGGED, "<tool_call>f</tool_call>") == call("f", "{}")
+    for text in ("<tool_call>other\n<arg_key>", "<tool_call><function=other>", "<tool_call>f"):
+        assert whole(TAGGED, text) == [("content", text)]
+
+
+JSON = rules(JsonCalls())
+
+
+def test_bare_json() -> None:
+    """Llama 3."""
+    one = '{"name": "f", "parameters": {"a": "b"}}'
+    assert whole(JSON, one) == whole(JSON, "<|python_tag|>" + one) == call("f", '{"a": "b"}')
+    assert whole(JSON, f"\n{one}; {one}") == [
+        *call("f", '{"a": "b"}'),
+        *call("f", '{"a": "b"}', 1),
+    ]
+    assert whole(JSON, '{"type": "function", "name": "f", "parameters": {}}') == call("f", "{}")
+    assert whole(JSON, "Well: <|python_tag|>" + one)[0] == ("content", "Well:")
+    assert whole(JSON, one + "; and more") == [
+        *call("f", '{"a": "b"}'),
+        ("content", "; and more"),
+    ]
+    assert whole(JSON, "<think>w</think>\n" + one) == [
+        ("reasoning", "w"),
+        *call("f", '{"a": "b"}'),
+    ]
+    cut = '{"name": "f", "parameters": {"a": "b'
+    assert whole(JSON, cut) == call("f", '{"a": "b')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"city": "Rome", "name": "f", "parameters": {}}',
+        '{"name": "f", "age": 3}',
+        '{"name": "other", "parameters": {"a": 1}}',
+        '{"name": "f"',
+        "{ x }",
+        "{}",
+        'Use {"name": "f", "parameters": {}}',
+    ],
+)
+def test_other_json_is_content(text: str) -> None:
+    assert whole(JSON, text) == [("content", text)]
+
+
+def test_marked_calls() -> None:
+    """Mistral, old and new."""
+    marked = rules(MarkedCalls())
+    one = '{"name": "f", "arguments": {"a": "]"}}'
+    expected = call("f", '{"a": "]"}')
+    assert whole(marked, f"[TOOL_CALLS] [{one}]") == expected
+    assert whole(marked, f"[TOOL_CALLS][{one}, {one}]") == [*expected, *call("f", '{"a": "]"}', 1)]
+    assert whole(marked, 'x [TOOL_CALLS]f{"a": "]"}') == [("content", "x"), *expected]
+    assert whole(marked, '[TOOL_CALLS]f[ARGS]{"a": "]"}[TOOL_CALLS]f[CALL_ID]aB1[ARGS]{}') == [
+        *expected,
+        *call("f", "{}", 1),
+    ]
+    with_id = '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "]"}, "id": "VvvODy9mT"}]'
+    assert whole(marked, with_id) == expected
+    for text in ("[TOOL_CALLS]", "[TOOL_CALLS] f is", "[TOOL_CALLS][1]", "[TOOL_CALLS]other{}"):
+        assert whole(marked, text) == [("content", text)]
+    assert whole(marked, f"[TOOL_CALLS][{one}, 3]") == [*expected, ("content", ", 3]")]
+
+
+LINES = rules(LineCalls())
+
+
+def test_calls_behind_a_line() -> None:
+    """GLM-4 and ChatGLM3."""
+    expected = call("get_weather", '{"city": "北京"}')
+    assert whole(LINES, 'get_weather\n{"city": "北京"}') == expected
+    python = "get_weather\n ```python\ntool_call(city='北京')\n```"
+    assert whole(LINES, python) == expected
+    assert whole(LINES, "I look.<|assistant|> " + python + "<|assistant|>\n Done.") == [
+        ("content", "I look."),
+        *expected,
+        ("content", "Done."),
+    ]
+    several = """f
+```python
+tool_call(a=1.5, b="it's, (so)", c=[1, {'x': None}], d=true, e='\\n\\'', f=what, g=-2)
+```"""
+    assert whole(LINES, several) == call(
+        "f",
+        '{"a": 1.5, "b": "it\'s, (so)", "c": [1, {"x": null}], "d": true, "e": "\\n\'", '
+        '"f": "what", "g": -2}',
+    )
+    assert whole(LINES, "f\n```python\ntool_call()\n```") == call("f", "{}")
+    cut = "f\n```python\ntool_call(a=1, b='x"
+    assert whole(LINES, cut) == call("f", '{"a": 1')
+    for text in ("get_weather", "get_weather is", "get_weather\nis", "f\n```python\nprint(1)"):
+        assert whole(LINES, text) == [("content", text)]
+    assert whole(LINES, 'other\n{"a": 1}') == [("content", 'other\n{"a": 1}')]
+    assert whole(LINES, 'get_weather_now\n{"a": 1}') == call("get_weather_now", '{"a": 1}')
+
+
+@pytest.mark.parametrize("value", ["1e999", "{1: 2}", "{(1, 2): 3}", "b'x'", "1+2j", "('" * 999])
+def test_odd_literals_are_still_json(value: str) -> None:
+    deltas = scan(LINES, [f"f\ntool_call(a={value})"])
+    arguments = "".join(delta.text for delta in deltas if delta.kind == "arguments")
+    if not value.startswith("('"):  # that one never ends
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
+
+
 @given(st.data())
 def test_slicing_never_matters(data: st.DataObject) -> None:
     text = data.draw(
@@ -187,4 +315,3 @@ def test_ids_look_like_openais() -> None:
     delta = scanner.push('<tool_call>{"name": "f",')[0]
     assert delta.id.startswith("call_")
     assert len(delta.id) == 29
-    assert json.loads("{}") == {}
