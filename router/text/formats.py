@@ -1,7 +1,8 @@
 """Chat formats that come with the router, for models that ship no template or a wrong one.
 
 Owns their texts. Must not know files, or which model gets which (that is `router.text.model`). Most
-are short jinja templates; ChatGLM3 and GLM-4 encode every part of a prompt on its own.
+are short jinja templates; ChatGLM3 and GLM-4 encode every part of a prompt on its own
+(`router.text.role_format`).
 
 Checked against the programs of the models' authors: tests/golden/tokenizer-*. Where those take a
 conversation for another one (two turns of one role in a row, an answer first, empty turns), it is
@@ -14,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from router.errors import EXIT_CONFIG, BadRequest, StartError
+from router.errors import EXIT_CONFIG, StartError
 from router.text.glm import ROLE_NAMES
-from router.text.template import ChatTemplate, Message
+from router.text.role_format import RoleFormat
+from router.text.template import ChatTemplate
 from router.text.tokenizer import Tokenizer
+from router.text.tool_text import Message
 
 
 class ChatFormat(Protocol):
@@ -26,6 +29,16 @@ class ChatFormat(Protocol):
     @property
     def opens_line(self) -> bool:
         """Answers begin with a line break that ends the line of the role: not part of the text."""
+        ...
+
+    @property
+    def tool_parser(self) -> str:
+        """The form in which the model was taught to write calls: a name in `TOOL_FORMS`."""
+        ...
+
+    @property
+    def reasoning_parser(self) -> str:
+        """How the model marks its thinking: a name in `THINKING_TAGS`, "" if it does not think."""
         ...
 
     def render_tokens(
@@ -39,53 +52,6 @@ class ChatFormat(Protocol):
     ) -> list[int]:
         """As `ChatTemplate.render_tokens`."""
         ...
-
-
-class RoleFormat:
-    """ChatGLM3 and GLM-4: a role's control token, a line break and the text, each encoded alone.
-
-    GLM-4 leaves out messages without text, ChatGLM3 keeps them. Variables of the client have no
-    meaning here.
-    """
-
-    opens_line = True
-
-    def __init__(self, *, keeps_empty: bool) -> None:
-        self._keeps_empty = keeps_empty
-
-    def render_tokens(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Message] | None,
-        add_generation_prompt: bool,
-        continue_final: bool,
-        kwargs: Mapping[str, Any],  # noqa: ARG002 - part of the protocol
-        tokenizer: Tokenizer,
-    ) -> list[int]:
-        """See `ChatFormat`. Raises `BadRequest` for tools and for roles that it does not know."""
-        if tools:
-            raise BadRequest("This model's chat format has no tools here.", param="tools")
-        ids_of = {tokenizer.token_text(token): token for token in tokenizer.special_ids}
-        ids = list(tokenizer.prefix_ids)
-        for i, message in enumerate(messages):
-            role = f"<|{_role(message, i)}|>"
-            text = message["content"] or ""
-            if text or self._keeps_empty or (continue_final and i == len(messages) - 1):
-                ids.append(ids_of[role])
-                for part in ("\n", text):
-                    ids += tokenizer.encode(part, add_special=False, parse_special=False)
-        return [*ids, ids_of["<|assistant|>"]] if add_generation_prompt else ids
-
-
-def _role(message: Message, position: int) -> str:
-    role = "system" if message["role"] == "developer" else str(message["role"])
-    if role not in ("system", "user", "assistant") or message.get("tool_calls"):
-        raise BadRequest(
-            f"This model's chat format has no tools here, so that messages[{position}] (role "
-            f"'{role}') cannot be written.",
-            param=f"messages[{position}]",
-        )
-    return role
 
 
 # Sets `system` and `turns`: user and assistant by turns, the user first and, where an answer is to
@@ -241,8 +207,8 @@ _TEMPLATES: Final[dict[str, _Known]] = {
     "zephyr": _Known(_ZEPHYR),
 }
 _ROLE_FORMATS: Final = {
-    "chatglm3": RoleFormat(keeps_empty=True),
-    "glm-4": RoleFormat(keeps_empty=False),
+    "chatglm3": RoleFormat("chatglm3"),
+    "glm-4": RoleFormat("glm-4"),
 }
 
 FORMATS: Final = (*_TEMPLATES, *_ROLE_FORMATS)

@@ -11,12 +11,14 @@ rendered as it is, so that its ids are those of the plain text.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import msgspec
 from jinja2.exceptions import SecurityError, TemplateError
 
 from router.checkpoint.gguf import read_gguf
@@ -24,11 +26,15 @@ from router.errors import EXIT_CONFIG, BadRequest, StartError
 from router.text.sandbox import Program, TemplateRefused
 from router.text.settings import optional_config
 from router.text.tokenizer import Tokenizer
-
-Message = dict[str, Any]
+from router.text.tool_forms import DEFAULT_FORM, thinking_in, tool_form_in
+from router.text.tool_text import Message, opened, written_out
 
 MAX_TEMPLATE_BYTES = 1024 * 1024
 TOOL_TEMPLATE = "tool_use"  # the name under which a list of templates keeps the one for tools
+
+# Mistral's templates refuse other ids of calls than those that its own server makes.
+_SHORT_IDS = re.compile(r"length\s*!=\s*9\b")
+SHORT_ID_CHARS = 9
 
 # A variable of the request must not take the place of one of these.
 RESERVED = frozenset(
@@ -69,7 +75,12 @@ class ChatTemplate:
         self.source = source
         self._program = _compiled(source)
         self._tool_program = _compiled(tool_source) if tool_source else self._program
-        self._knows_developer = "developer" in source + (tool_source or "")
+        everything = source + (tool_source or "")
+        self._knows_developer = "developer" in everything
+        self._knows_tools = bool(tool_source) or "tools" in source or "tool_calls" in source
+        self._short_ids = bool(_SHORT_IDS.search(everything))
+        self.tool_parser = tool_form_in(everything) if self._knows_tools else DEFAULT_FORM
+        self.reasoning_parser = thinking_in(everything)
 
     def render_tokens(
         self,
@@ -82,8 +93,9 @@ class ChatTemplate:
     ) -> list[int]:
         """The prompt's ids, with the model's start token exactly once.
 
-        `messages` are dicts with plain texts as content. `continue_final` leaves the last message
-        open, so that the answer goes on with it. `kwargs` are further template variables.
+        `messages` are dicts with plain texts as content, `tools` are as OpenAI lists them; where
+        the template knows no tools they are written out as text. `continue_final` leaves the last
+        message open, so that the answer goes on with it. `kwargs` are further template variables.
         Raises `BadRequest`: the template refused, a reserved variable, a limit of the sandbox.
         """
         clash = sorted(RESERVED.intersection(kwargs))
@@ -94,6 +106,9 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other",
                 param="continue_final_message",
             )
+        if not self._knows_tools and (tools or any(map(_is_about_tools, messages))):
+            messages = written_out(messages, tools, system=self._shows_system)
+            tools = None
         marks = _Marks(tokenizer)
         prepared = [self._prepared(message) for message in messages]
         hidden = [marks.hide(message) for message in prepared]
@@ -120,16 +135,64 @@ class ChatTemplate:
                 )
         return tokenizer.encode_trusted(text, marks.hidden)
 
+    @cached_property
+    def _shows_system(self) -> bool:
+        """A system message stands in what it writes: some refuse them, some leave them out."""
+        probe = "5749308126"
+        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "?"}]
+        variables = {"messages": messages, "tools": None, "documents": None}
+        ends = {"add_generation_prompt": True, "bos_token": "", "eos_token": ""}
+        try:
+            return probe in self._program.render({**variables, **ends})
+        except _RENDER_ERRORS:
+            return False
+
     def _prepared(self, message: Message) -> Message:
-        """As templates expect it: known roles, content a text, tool arguments an object."""
+        """As templates expect it: known roles, content a text, tool arguments an object.
+
+        Thinking goes by two names.
+        """
         prepared = dict(message)
         if prepared.get("role") == "developer" and not self._knows_developer:
             prepared["role"] = "system"
         if prepared.get("content") is None:
             prepared["content"] = ""
-        if prepared.get("tool_calls"):
-            prepared["tool_calls"] = [_opened_call(call) for call in prepared["tool_calls"]]
+        calls: Any = prepared.get("tool_calls")
+        if isinstance(calls, list):
+            entries: list[Any] = calls
+            prepared["tool_calls"] = [self._prepared_call(call) for call in entries]
+        if self._short_ids and "tool_call_id" in prepared:
+            prepared["tool_call_id"] = _short_id(prepared["tool_call_id"])
+        thinking = prepared.get("reasoning_content") or prepared.get("reasoning")
+        if thinking:
+            prepared["reasoning_content"] = prepared["reasoning"] = thinking
         return prepared
+
+    def _prepared_call(self, call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        prepared = dict(cast("Mapping[str, Any]", call))
+        if self._short_ids and "id" in prepared:
+            prepared["id"] = _short_id(prepared["id"])
+        function = prepared.get("function")
+        if isinstance(function, Mapping):
+            inner = dict(cast("Mapping[str, Any]", function))
+            if isinstance(inner.get("arguments"), str):
+                inner["arguments"] = opened(inner["arguments"])
+            prepared["function"] = inner
+        return prepared
+
+
+def _is_about_tools(message: Message) -> bool:
+    return message.get("role") == "tool" or bool(message.get("tool_calls"))
+
+
+def _short_id(given: Any) -> Any:
+    """An id of nine letters and digits; the same for the same."""
+    text = str(given)
+    if len(text) == SHORT_ID_CHARS and text.isascii() and text.isalnum():
+        return text
+    return hashlib.blake2b(text.encode("utf-8", "replace")).hexdigest()[:SHORT_ID_CHARS]
 
 
 def load_template(path: Path) -> ChatTemplate | None:
@@ -236,18 +299,6 @@ def _content(message: Message) -> str:
     if not isinstance(content, str):
         raise BadRequest("the last message has no text to continue", param="messages")
     return content
-
-
-def _opened_call(call: Any) -> Any:
-    """Arguments as an object where they are the JSON text of one, for templates that walk it."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = msgspec.json.decode(function["arguments"], type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError, ValueError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _folder_templates(folder: Path) -> dict[str, str]:

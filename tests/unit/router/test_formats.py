@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,15 @@ LLAMA = {"model_type": "llama"}
 
 
 def render(
-    text: ModelText, messages: list[Message], *, prompt: bool = True, continues: bool = False
+    text: ModelText,
+    messages: list[Message],
+    *,
+    prompt: bool = True,
+    continues: bool = False,
+    tools: list[Message] | None = None,
 ) -> list[int]:
     assert text.template is not None
-    return text.template.render_tokens(messages, None, prompt, continues, {}, text.tokenizer)
+    return text.template.render_tokens(messages, tools, prompt, continues, {}, text.tokenizer)
 
 
 def user(content: str) -> Message:
@@ -73,23 +79,42 @@ def test_chatglm2(tmp_path: Path) -> None:
 
 def test_chatglm3(tmp_path: Path) -> None:
     text = chatglm(tmp_path / "m", "chatglm3")
-    rows = [row for row in golden_rows("chatglm3/chat_prompts") if is_plain(row)]
+    rows = golden_rows("chatglm3/chat_prompts")
     for row in rows:
-        assert render(text, row["messages"]) == row["ids"], row["decoded"]
-    assert len(rows) == 16
+        messages, tools = as_openai(row["messages"])
+        assert render(text, messages, tools=tools) == row["ids"], row["decoded"]
+    assert len(rows) == 18
 
 
 def test_glm4(tmp_path: Path) -> None:
     text = glm4(tmp_path / "m")
-    rows = [row for row in golden_rows("glm4/chat_prompts") if is_plain(row)]
+    rows = golden_rows("glm4/chat_prompts")
     for row in rows:
-        assert render(text, row["messages"]) == row["ids"], row["text"]
-    assert len(rows) == 8
+        messages, tools = as_openai(row["messages"])
+        assert render(text, messages, tools=tools) == row["ids"], row["text"]
+    assert len(rows) == 10
 
 
-def is_plain(row: dict[str, Any]) -> bool:
-    """Without tools, which come later."""
-    return not any("tools" in message for message in row["messages"])
+def as_openai(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The programs' own messages in OpenAI's terms, and the tools that they hold."""
+    tools: list[Message] = []
+    result: list[Message] = []
+    for message in messages:
+        tools += (
+            tool if "function" in tool else {"type": "function", "function": tool}
+            for tool in message.get("tools", [])
+        )
+        role, content = message["role"], message["content"]
+        if message.get("metadata"):
+            code = re.fullmatch(r"```python\ntool_call\((\w+)='(\w+)'\)\n```", content)
+            arguments = content if code is None else json.dumps({code[1]: code[2]})
+            function = {"name": message["metadata"], "arguments": arguments}
+            call = {"id": "c", "type": "function", "function": function}
+            result.append({"role": role, "content": None, "tool_calls": [call]})
+        elif content or not message.get("tools"):
+            role = "tool" if role == "observation" else role
+            result.append({"role": role, "content": content, "tool_call_id": "c"})
+    return result, tools
 
 
 # What FastChat makes of these is another conversation than the one that was sent.
@@ -141,7 +166,6 @@ def test_the_end_between_rounds_is_an_id(tmp_path: Path) -> None:
         ([user("a"), user("b")], r"messages\[1\] is of role user, not assistant"),
         ([assistant("a"), user("b")], r"messages\[0\] is of role assistant, not user"),
         ([system("a"), user("b"), system("c")], r"messages\[2\] is of role system"),
-        ([user("a"), {"role": "tool", "content": "b"}], r"messages\[1\] is of role tool"),
         ([system("a")], "must be of role user"),
         ([user("a"), assistant("b")], "must be of role user"),
     ],
@@ -191,16 +215,60 @@ def test_the_line_that_opens_an_answer_is_not_shown(tmp_path: Path) -> None:
     assert not ChatTemplate("").opens_line
 
 
-def test_tools_are_refused(tmp_path: Path) -> None:
-    text = chatglm(tmp_path / "m", "chatglm3")
-    assert text.template is not None
-    with pytest.raises(BadRequest) as caught:
-        text.template.render_tokens([user("a")], [{}], True, False, {}, text.tokenizer)
-    assert caught.value.param == "tools"
-    for message in ({"role": "tool", "content": "a"}, {**assistant(""), "tool_calls": [{}]}):
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+def called(*names: str, **more: Any) -> Message:
+    function = {"arguments": '{"a": "it\'s", "b": [1, null]}'}
+    calls = [{"id": "c", "type": "function", "function": {"name": n, **function}} for n in names]
+    return {"role": "assistant", "content": None, "tool_calls": calls, **more}
+
+
+def test_roles_with_tools(tmp_path: Path) -> None:
+    three, four = chatglm(tmp_path / "3", "chatglm3"), glm4(tmp_path / "4")
+    result = {"role": "tool", "content": "r"}
+    messages = [user("q"), called("f", "g", content="Look:"), result, result]
+    shown = three.tokenizer.decode(render(three, messages), skip_special=False)
+    python = '```python\ntool_call(a="it\'s", b=[1, None])\n```'
+    assert shown == (
+        f"[gMASK]sop<|user|> \n q<|assistant|> \n Look:<|assistant|> f\n {python}"
+        f"<|assistant|> g\n {python}<|observation|> \n r<|observation|> \n r<|assistant|>"
+    )
+    shown = four.tokenizer.decode(render(four, messages), skip_special=False)
+    assert shown == (
+        "[gMASK]<sop><|user|>\nq<|assistant|>\nLook:"
+        '<|assistant|>f\n{"a": "it\'s", "b": [1, null]}'
+        '<|assistant|>g\n{"a": "it\'s", "b": [1, null]}'
+        "<|observation|>\nr<|observation|>\nr<|assistant|>"
+    )
+    for text in (three, four):
+        with_system = render(text, [system("Be kind."), user("q")], tools=[TOOL])
+        shown = text.tokenizer.decode(with_system, skip_special=False)
+        assert shown.count("Be kind.") == 1
+        assert '"name": "f"' in shown
+        assert text.template is not None
+        assert text.template.reasoning_parser == ""
         with pytest.raises(BadRequest) as caught:
-            render(text, [user("a"), message])
-        assert caught.value.param == "messages[1]"
+            render(text, [user("q"), {**assistant(""), "tool_calls": [{}]}])
+        assert caught.value.param == "messages[1].tool_calls[0].function"
+    assert three.template is not None
+    assert three.template.tool_parser == "chatglm3"
+
+
+@pytest.mark.parametrize("name", FORMATS[:9])
+def test_tools_in_formats_that_know_none(name: str, tmp_path: Path) -> None:
+    tokenizer = load_text(write_folder(tmp_path, byte_level())).tokenizer
+    names = ("<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<|start_header_id|>")
+    more = ("<|end_header_id|>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>")
+    ids = {token: i for i, token in enumerate((*names, *more, "<|im_end|>"))}
+    template, _ = make_format(name, ids)
+    assert template.tool_parser == "hermes"
+    messages = [user("q"), called("f", "g"), {"role": "tool", "content": "R"}, user("and?")]
+    written = template.render_tokens(messages, [TOOL], True, False, {}, tokenizer)
+    text = tokenizer.decode(written)
+    places = [text.index(part) for part in ("You may call", '"g", "arg', "\nR\n", "and?")]
+    # ChatGLM2 has what a system says in front of the last question
+    assert (places == sorted(places)) == (name != "chatglm2")
 
 
 TURNS = [system("S"), user("Q"), assistant("A"), user("R")]

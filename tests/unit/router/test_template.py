@@ -306,4 +306,113 @@ def test_same_text_as_transformers(tokenizer: Tokenizer) -> None:
         expected, _ = render_jinja_template(
             [messages], tools, chat_template=source, add_generation_prompt=True
         )
-        assert text_of(tokenizer, messages, source=source, tools=tools) == expected[0]
+        given = tools if "tools" in source else None  # else they would be written out
+        assert text_of(tokenizer, messages, source=source, tools=given) == expected[0]
+
+
+# -- tools and thinking
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 3}'}}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "21"}
+
+
+def called(**more: Any) -> Message:
+    return {"role": "assistant", "tool_calls": [CALL], **more}
+
+
+def test_templates_that_know_tools_get_them(tokenizer: Tokenizer) -> None:
+    """Cases 082 to 085: no content, arguments as an object, the result by its call."""
+    source = (
+        "{% for tool in tools %}{{ tool.function.name }};{% endfor %}"
+        "{% for m in messages %}{{ m.role }}={{ m.content }}"
+        "{% for call in m.tool_calls %}{{ call.id }}:{{ call.function.name }}"
+        "{% for key, value in call.function.arguments.items() %}[{{ key }}={{ value + 1 }}]"
+        "{% endfor %}{% endfor %}{{ m.tool_call_id }}|{% endfor %}"
+    )
+    for content in ({}, {"content": None}, {"content": ""}):
+        messages = [user("q"), called(**content), RESULT]
+        text = text_of(tokenizer, messages, source=source, tools=TOOLS)
+        assert text == "f;user=q|assistant=call_1:f[a=4]|tool=21call_1|"
+    assert CALL["function"] == {"name": "f", "arguments": '{"a": 3}'}  # the request's own
+
+
+def test_tools_are_written_out_for_templates_that_know_none(tokenizer: Tokenizer) -> None:
+    messages = [user("q"), called(content="I ask."), RESULT, RESULT, user("and?")]
+    text = text_of(tokenizer, messages, tools=TOOLS)
+    system, *turns = text.split("<|im_start|>")[1:]
+    assert system.startswith("system\nYou may call functions.")
+    assert '{"name": "f", "description": "d", "parameters": {}}\n' in system
+    answer = "<tool_response>\n21\n</tool_response>\n"
+    assert turns == [
+        "user\nq<|im_end|>\n",
+        'assistant\nI ask.\n<tool_call>\n{"name": "f", "arguments": {"a": 3}}\n</tool_call>'
+        "<|im_end|>\n",
+        f"user\n{answer}{answer}and?<|im_end|>\n",
+        "assistant\n",
+    ]
+    with_system = [{"role": "developer", "content": "Be kind."}, user("q")]
+    text = text_of(tokenizer, with_system, tools=TOOLS)
+    assert text.startswith("<|im_start|>system\nBe kind.\n\nYou may call functions.")
+    assert text.count("<|im_start|>") == 3
+    assert text_of(tokenizer, [user("q")]) == text_of(tokenizer, [user("q")], tools=[])
+
+
+@pytest.mark.parametrize("start", ["raise_exception('no system role')", "messages[1].pop()"])
+def test_without_a_system_role_tools_stand_before_the_question(
+    tokenizer: Tokenizer, start: str
+) -> None:
+    source = (
+        "{% if messages[0].role == 'system' %}{{ START }}{% endif %}"
+        "{% for m in messages if m.role == 'user' %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    ).replace("START", start)
+    text = text_of(tokenizer, [user("q")], source=source, tools=TOOLS)
+    assert text.startswith("user: You may call functions.")
+    assert text.endswith("</tool_response>.\n\nq")
+
+
+@pytest.mark.parametrize(
+    ("calls", "param"),
+    [
+        ([1], "messages[0].tool_calls[0].function"),
+        ([{"function": {}}], "messages[0].tool_calls[0].function"),
+        (
+            [{"function": {"name": "f", "arguments": 3}}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"a": 1}, "messages[0].tool_calls"),
+    ],
+)
+def test_calls_that_are_none(tokenizer: Tokenizer, calls: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        render(tokenizer, [{"role": "assistant", "tool_calls": calls}, user("q")])
+    assert caught.value.param == param
+
+
+def test_mistral_gets_ids_that_it_takes(tokenizer: Tokenizer) -> None:
+    source = (
+        "{% for m in messages %}{% for call in m.tool_calls %}{% if call.id|length != 9 %}"
+        "{{ raise_exception('9 characters') }}{% endif %}{{ call.id }}{% endfor %}"
+        "={{ m.tool_call_id }}{% endfor %}"
+    )
+    first, second = text_of(tokenizer, [called(), RESULT], source=source).split("=")[1:]
+    assert first == ""
+    shown = text_of(tokenizer, [called(), RESULT], source=source)
+    assert shown == f"{second}=={second}"
+    own = {**CALL, "id": "aB3456789"}
+    text = text_of(tokenizer, [{"role": "assistant", "tool_calls": [own]}], source=source)
+    assert text == "aB3456789="
+
+
+def test_thinking_goes_by_two_names(tokenizer: Tokenizer) -> None:
+    source = "{% for m in messages %}{{ m.reasoning }}/{{ m.reasoning_content }}{% endfor %}"
+    for name in ("reasoning", "reasoning_content"):
+        assert text_of(tokenizer, [user("q", **{name: "w"})], source=source) == "w/w"
+
+
+def test_what_a_template_is_about() -> None:
+    assert ChatTemplate(CHATML).tool_parser == "hermes"
+    assert ChatTemplate(CHATML).reasoning_parser == ""
+    assert ChatTemplate("{{ tools }}[TOOL_CALLS]").tool_parser == "mistral"
+    assert ChatTemplate(CHATML, "{{ tools }}[TOOL_CALLS]").tool_parser == "mistral"
+    assert ChatTemplate("<think>").reasoning_parser == "think"
