@@ -78,8 +78,7 @@ def run(words: Sequence[str]) -> int:
 def check(invocation: Invocation, environ: Mapping[str, str]) -> int:
     """Prints the memory plan. Raises StartError where `serve` would; downloads no weights."""
     plan = make_plan(invocation.config, environ, download=False)
-    for position in range(len(plan.models)):
-        _served_model(invocation.config, plan, position)
+    models = [_served_model(invocation.config, plan, i) for i in range(len(plan.models))]
     quant = invocation.config.engine.quant
     layers = "" if quant == "none" else f" with {quant} layers"
     out = [f"not needed: {old} -> {new}" for old, new in invocation.notes]
@@ -94,8 +93,16 @@ def check(invocation: Invocation, environ: Mapping[str, str]) -> int:
             f"weights {_mb(engine.weights_bytes)}{_here(model)}, {cache}, "
             f"{engine.max_len} tokens per request, in all {_mb(engine.total_bytes)}"
         )
+    out += map(_ways, filter(lambda model: model.template is not None, models))
     sys.stdout.write("\n".join([*out, "all of this fits; nothing was started", ""]))
     return 0
+
+
+def _ways(model: ServedModel) -> str:
+    """How a chat model is expected to call tools and to think."""
+    thinking = model.thinking
+    thinks = "no thinking" if thinking is None else f"thinking in {thinking.open}"
+    return f"{' | '.join(model.names)}: tool calls as {model.tool_form.name}, {thinks}"
 
 
 def _here(model: ModelSource) -> str:
@@ -285,7 +292,7 @@ def _free_bytes(devices: Sequence[str], cards: list[Card]) -> dict[str, int]:
 
 
 def _served_model(config: RouterConfig, plan: Plan, position: int) -> ServedModel:
-    from router.text.model import load_text
+    from router.text.model import load_text, thinking_of, tool_form_of
     from router.text.pooling import load_pooling
     from router.text.served import ServedModel
 
@@ -313,6 +320,8 @@ def _served_model(config: RouterConfig, plan: Plan, position: int) -> ServedMode
         created_s=int(time.time()),
         generates=generates,
         pooling=pooling,
+        tool_form=tool_form_of(text, config.tool_parser),
+        thinking=thinking_of(text, config.reasoning_parser) if generates else None,
     )
 
 

@@ -54,6 +54,8 @@ class Options(
     rope_rule: RopeRule = "auto"
     chat_format: str = ""
     chat_template: str = ""
+    tool_parser: str = ""
+    reasoning_parser: str = ""
     load_format: LoadFormat = "auto"
     kv_memory: str | Count = 0
     kv_blocks: Count = 0
@@ -141,6 +143,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str
     chat_format: str  # its name, or
     chat_template: str  # a file; both empty = the model's own
+    tool_parser: str  # empty = as its chat template says
+    reasoning_parser: str  # the same
     log_format: LogFormat
     log_level: LogLevel
 
@@ -183,6 +187,8 @@ def resolve(
         model_dir=options.model_dir,
         chat_format=options.chat_format,
         chat_template=options.chat_template,
+        tool_parser=options.tool_parser,
+        reasoning_parser=options.reasoning_parser,
         log_format=options.log_format,
         log_level=options.log_level,
     )

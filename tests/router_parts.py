@@ -35,7 +35,7 @@ from router.fleet import Fleet, SendResult
 from router.flow import Flow
 from router.metrics import Metrics
 from router.streams import StreamTable
-from router.text.model import load_text
+from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.pool import TextPool
 from router.text.pooling import PoolingRule
 from router.text.served import ModelTable, ServedModel
@@ -309,6 +309,8 @@ async def router_parts(
         1_700_000_000,
         generates=generates,
         pooling=pooling or PoolingRule(),
+        tool_form=tool_form_of(text, ""),
+        thinking=thinking_of(text, ""),
     )
     metrics, table = Metrics(), StreamTable()
     engines = LoopbackEngines(plays, embedding_size=embedding_size)

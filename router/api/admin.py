@@ -19,6 +19,7 @@ from router.errors import BadRequest, Overloaded
 from router.flow import Flow
 from router.metrics import CONTENT_TYPE, Metrics
 from router.text.served import ModelTable, ServedModel
+from router.text.tool_forms import tools_of
 
 MAX_DETOKENIZE: Final = 1_000_000  # ids of one request
 DISTRIBUTION: Final = "llm-router"
@@ -126,6 +127,7 @@ class Tokens:
                 ),
                 continue_final=request.continue_final_message is True,
                 kwargs=request.chat_template_kwargs or {},
+                tools=tools_of(request.tools),
             )
         (tokens,) = await self._generations.encode(
             model,

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
+import msgspec
 from starlette.types import Scope
 
 from router.api.schemas import GenerationRequest
@@ -16,6 +17,7 @@ from router.errors import BadRequest, ContextLengthExceeded
 from router.flow import Flow, Job, Progress, RequestRecord
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
+from router.text.tool_forms import Tool
 
 # Keys of the ASGI scope, set by the boundary and by the key check.
 RECORD: Final = "router.record"
@@ -105,6 +107,7 @@ class Generations:
         add_generation_prompt: bool,
         continue_final: bool,
         kwargs: dict[str, Any],
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Template and tokenizer in one hop. Raises BadRequest, also when the template refuses."""
         template = model.template
@@ -116,12 +119,14 @@ class Generations:
             )
 
         num_chars = sum(len(message["content"]) for message in messages)
+        listed = [tool.listed() for tool in tools]
+        num_chars += len(msgspec.json.encode(listed)) if listed else 0
         _refuse_endless(model, num_chars, param="messages")
 
         def work() -> list[int]:
             return template.render_tokens(
                 messages,
-                tools=None,
+                tools=listed,
                 add_generation_prompt=add_generation_prompt,
                 continue_final=continue_final,
                 kwargs=kwargs,

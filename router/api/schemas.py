@@ -185,6 +185,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
     model: str
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: Any = None
     add_special_tokens: bool | None = None
     parse_special: bool | None = None
     add_generation_prompt: bool | None = None

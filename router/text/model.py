@@ -22,9 +22,19 @@ from router.checkpoint.gguf import read_gguf
 from router.errors import EXIT_CONFIG, StartError
 from router.text.formats import ChatFormat, make_format
 from router.text.glm import GlmKind, glm_kind, is_glm
+from router.text.scanner import ThinkingRule
 from router.text.settings import optional_config
 from router.text.template import load_template, read_template
 from router.text.tokenizer import ModelTokenizer, Tokenizer
+from router.text.tool_forms import (
+    DEFAULT_FORM,
+    OTHER_NAMES,
+    OTHER_THINKING,
+    THINKING_TAGS,
+    TOOL_FORMS,
+    ToolForm,
+    thinking_rule,
+)
 from router.text.vocabulary import Vocabulary
 
 MAX_MODEL_BYTES: Final = 64 * 1024 * 1024
@@ -72,6 +82,39 @@ def load_text(
     template, ends = make_format(name, {text: i for i, text in vocabulary.special.items()})
     eos_ids = tuple(dict.fromkeys([*vocabulary.eos_ids, *ends]))
     return ModelText(ModelTokenizer(replace(vocabulary, eos_ids=eos_ids)), template)
+
+
+def tool_form_of(text: ModelText, asked: str) -> ToolForm:
+    """How the model writes calls: as asked, else as its chat format says.
+
+    Raises `StartError` for a name that is none.
+    """
+    name = OTHER_NAMES.get(asked, asked) or (text.template.tool_parser if text.template else "")
+    if name and name not in TOOL_FORMS:
+        raise StartError(
+            f"--tool-parser '{asked}' is not known; known are {', '.join(TOOL_FORMS)}", EXIT_CONFIG
+        )
+    form = ToolForm(name or DEFAULT_FORM)
+    tokenizer = text.tokenizer
+    control = {tokenizer.token_text(token): token for token in tokenizer.special_ids}
+    return replace(form, ids={word: control[word] for word in form.words if word in control})
+
+
+def thinking_of(text: ModelText, asked: str) -> ThinkingRule | None:
+    """How the model marks its thinking: as asked ("none": it does not), else as its format says.
+
+    Raises `StartError` for a name that is none.
+    """
+    name = OTHER_THINKING.get(asked, asked)
+    if not asked and text.template is not None:
+        name = text.template.reasoning_parser
+    if name and name not in THINKING_TAGS:
+        raise StartError(
+            f"--reasoning-parser '{asked}' is not known; known are "
+            f"{', '.join(THINKING_TAGS)} and none",
+            EXIT_CONFIG,
+        )
+    return thinking_rule(name)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

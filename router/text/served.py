@@ -6,7 +6,7 @@ Owns the table of names. Must not know engines, files or HTTP.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -14,7 +14,9 @@ from itertools import takewhile
 from router.errors import ModelNotFound
 from router.text.formats import ChatFormat
 from router.text.pooling import PoolingRule
+from router.text.scanner import ThinkingRule
 from router.text.tokenizer import Tokenizer
+from router.text.tool_forms import ToolForm
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class ServedModel:
     """One model as clients see it. `names[0]` is its key in fleet, admission and metrics.
 
     `max_len` bounds prompt and answer together; engines may report less. One that does not
-    `generate` (an encoder) makes embeddings only.
+    `generate` (an encoder) makes embeddings only. `thinking` is None where the model does not
+    think; whether a prompt has opened it already is not known here.
     """
 
     names: tuple[str, ...]
@@ -32,11 +35,26 @@ class ServedModel:
     created_s: int  # unix time
     generates: bool = True
     pooling: PoolingRule = field(default_factory=PoolingRule)
+    tool_form: ToolForm = field(default_factory=ToolForm)
+    thinking: ThinkingRule | None = None
 
     @property
     def name(self) -> str:
         """The canonical name."""
         return self.names[0]
+
+    @cached_property
+    def scanned_pieces(self) -> Sequence[bytes]:
+        """id -> bytes without control tokens, but with those that calls and thinking consist of."""
+        words = set(self.tool_form.words)
+        if self.thinking is not None:
+            words |= {self.thinking.open, self.thinking.close}
+        pieces = list(self.tokenizer.pieces())
+        for token in self.tokenizer.special_ids:
+            text = self.tokenizer.token_text(token)
+            if text in words:
+                pieces[token] = text.encode()
+        return pieces
 
     @cached_property
     def max_chars(self) -> int:

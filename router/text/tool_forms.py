@@ -249,6 +249,14 @@ _SHAPES: Final[dict[str, _Shape]] = {
     "glm-4": _LINES,
 }
 TOOL_FORMS: Final = tuple(_SHAPES)
+# What vLLM calls them.
+OTHER_NAMES: Final = {
+    "llama3_json": "llama-3",
+    "llama4_json": "llama-3",
+    "qwen3_coder": "qwen3-coder",
+    "qwen3_xml": "qwen3-coder",
+    "glm45": "glm-4.5",
+}
 DEFAULT_FORM: Final = "hermes"  # of models that were taught none
 
 # What a template mentions -> the form that its model was taught; the first that fits.
@@ -399,6 +407,16 @@ THINKING_TAGS: Final[dict[str, tuple[str, str]]] = {
     "think": ("<think>", "</think>"),
     "seed-think": ("<seed:think>", "</seed:think>"),
     "mistral-think": ("[THINK]", "[/THINK]"),
+}
+
+
+OTHER_THINKING: Final = {
+    "qwen3": "think",
+    "deepseek_r1": "think",
+    "glm45": "think",
+    "seed_oss": "seed-think",
+    "mistral": "mistral-think",
+    "none": "",
 }
 
 

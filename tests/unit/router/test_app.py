@@ -753,6 +753,27 @@ async def test_tokens(router: Router) -> None:
     assert error(await post("/tokenize"))["param"] == "prompt"
 
 
+async def test_tokens_of_a_conversation_with_tools(router: Router) -> None:
+    """Case 084: the call's name and its result are in the prompt."""
+    call_of = {"id": "c", "type": "function", "function": {"name": "get_sum", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call_of]},
+        {"role": "tool", "tool_call_id": "c", "content": "forty-two"},
+    ]
+    tools = [{"type": "function", "function": {"name": "get_time"}}]
+    body = {"model": MODEL, "messages": messages, "tools": tools}
+    answer = await call(router.app, "POST", "/tokenize", body)
+    text = router.model.tokenizer.decode(answer.json()["tokens"])
+    assert all(part in text for part in ("get_sum", "forty-two", "get_time"))
+    del messages[1]["content"]
+    again = await call(router.app, "POST", "/tokenize", body)
+    assert again.json() == answer.json()
+    wrong = {**body, "tools": [{"type": "function", "function": {"name": "a b"}}]}
+    refused = error(await call(router.app, "POST", "/tokenize", wrong))
+    assert refused["param"] == "tools[0].function.name"
+
+
 async def test_health_and_metrics(router: Router) -> None:
     for path in ("/health", "/health/live", "/health/ready", "/health/started"):
         assert (await call(router.app, "GET", path)).status == 200

@@ -91,3 +91,18 @@ def test_a_chat_format_for_models_without_a_template(tmp_path: Path) -> None:
     assert "[INST]" in template.source
     with pytest.raises(StartError, match="exclude each other"):
         parse(["--chat-format", "a", "--chat-template", "b"], {})
+
+
+def test_how_a_model_calls_and_thinks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ tools }}[TOOL_CALLS]<think>", encoding="utf-8")
+    words = ["check", "--models", f"a={model}", "--gpus", "cpu"]
+    assert main([*words, "--chat-template", str(file)]) == 0
+    assert "a: tool calls as mistral, thinking in <think>\n" in capsys.readouterr().out
+    parsers = ["--tool-parser", "llama3_json", "--reasoning-parser", "none"]
+    assert main([*words, "--chat-template", str(file), *parsers]) == 0
+    assert "a: tool calls as llama-3, no thinking\n" in capsys.readouterr().out
+    for flag in ("--tool-parser", "--reasoning-parser"):
+        assert main([*words, flag, "telepathy"]) == 78
+        assert f"{flag} 'telepathy' is not known; known are" in capsys.readouterr().err

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from tokenizers import AddedToken
 
+from router.arguments import HELP
 from router.errors import BadRequest
+from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.scanner import Scanner, ThinkingRule
+from router.text.served import ServedModel
 from router.text.tool_forms import (
+    OTHER_NAMES,
+    OTHER_THINKING,
+    THINKING_TAGS,
     TOOL_FORMS,
     Tool,
     ToolChoice,
@@ -27,6 +36,7 @@ from router.text.tool_forms import (
     tool_form_in,
     tools_of,
 )
+from tests.text_models import byte_level, write_folder
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = Tool("get_weather", "The weather.", CITY)
@@ -282,3 +292,33 @@ def test_thinking_in_templates() -> None:
     assert opens_thinking("<|im_start|>assistant\n<think>\n")
     assert not opens_thinking("<think>\n\n</think>\n\n")
     assert not opens_thinking("<think><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_help_names_all_parsers() -> None:
+    named = re.findall(r"[\w.-]+", HELP["tool-parser"].partition(":")[2].partition("(")[0])
+    assert sorted(named) == sorted(TOOL_FORMS)
+    named = re.findall(r"[\w.-]+", HELP["reasoning-parser"].partition(":")[2].partition("(")[0])
+    assert sorted(named) == sorted((*THINKING_TAGS, "or", "none"))
+    assert set(OTHER_NAMES.values()) <= set(TOOL_FORMS)
+    assert set(OTHER_THINKING.values()) <= {*THINKING_TAGS, ""}
+
+
+def test_control_tokens_of_calls_and_thinking_are_seen(tmp_path: Path) -> None:
+    vocabulary = byte_level()
+    added = ["<tool_call>x", "[TOOL_CALLS]", "<think>", "<other>"]
+    vocabulary.add_special_tokens([AddedToken(name, normalized=False) for name in added])
+    settings = {"chat_template": "{{ tools }}[TOOL_CALLS][/THINK]<think>"}
+    text = load_text(write_folder(tmp_path, vocabulary, settings=settings))
+    ids = {name: vocabulary.token_to_id(name) for name in added}
+    form = tool_form_of(text, "")
+    assert form == ToolForm("mistral", {"[TOOL_CALLS]": ids["[TOOL_CALLS]"]})
+    thinking = thinking_of(text, "")
+    model = ServedModel(
+        ("m",), text.tokenizer, text.template, 9, 0, tool_form=form, thinking=thinking
+    )
+    pieces, plain = model.scanned_pieces, text.tokenizer.pieces()
+    assert [i for i, piece in enumerate(pieces) if piece != plain[i]] == [
+        ids["[TOOL_CALLS]"],
+        ids["<think>"],
+    ]
+    assert pieces[ids["<think>"]] == b"<think>"
