@@ -18,6 +18,7 @@ Owns the error tree and `error_body`. Must not know Starlette, sockets or models
           Quarantined            500 request_quarantined
         Overloaded             503 server_is_overloaded
         ClientGone             499, never answered: there is nobody left to read it
+      GrammarError           what an answer should look like cannot be enforced; no field known yet
       StartError             command line, configuration, port, device: exit code and one sentence
 """
 
@@ -200,6 +201,14 @@ class ClientGone(RequestError):
 
     def __init__(self, message: str = "The client closed the connection.") -> None:
         super().__init__(message, status=499, type="client_error", code="client_gone")
+
+
+class GrammarError(RouterError):
+    """A schema, pattern or grammar cannot be enforced: `message` is one sentence that says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
 
 
 class StartError(RouterError):
