@@ -43,17 +43,25 @@ class ServedModel:
         """The canonical name."""
         return self.names[0]
 
+    def control_id(self, text: str) -> int | None:
+        """The control token that is written like this, None if it is an ordinary text."""
+        return self._control_ids.get(text)
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        return {self.tokenizer.token_text(token): token for token in self.tokenizer.special_ids}
+
     @cached_property
     def scanned_pieces(self) -> Sequence[bytes]:
         """id -> bytes without control tokens, but with those that calls and thinking consist of."""
-        words = set(self.tool_form.words)
+        words = [*self.tool_form.words]
         if self.thinking is not None:
-            words |= {self.thinking.open, self.thinking.close}
+            words += (self.thinking.open, self.thinking.close)
         pieces = list(self.tokenizer.pieces())
-        for token in self.tokenizer.special_ids:
-            text = self.tokenizer.token_text(token)
-            if text in words:
-                pieces[token] = text.encode()
+        for word in words:
+            token = self.control_id(word)
+            if token is not None:
+                pieces[token] = word.encode()
         return pieces
 
     @cached_property

@@ -16,8 +16,9 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from router.errors import BadRequest
+from router.errors import BadRequest, GrammarError
 from router.text.call_syntax import JsonCalls, LineCalls, MarkedCalls, TaggedCalls
+from router.text.grammar import check, json_schema_grammar
 from router.text.scanner import CallSyntax, ScanRules, ThinkingRule, new_call_id
 from router.text.window import WHITE
 
@@ -309,39 +310,53 @@ class ToolForm:
 
         Raises BadRequest for a schema that cannot be enforced. Takes milliseconds.
         """
+        one = choice.kind == "named" or not parallel
+        callable = choice.callable(tools)
+        terms = {
+            tool.name: _enforced(tool, f"tools[{i}].function.parameters")
+            for i, tool in enumerate(tools)
+            if tool in callable
+        }
         shape = _SHAPES[self.name]
-        several = shape.several and parallel and choice.kind != "named"
-        rules: list[str] = []
-        for i, tool in enumerate(tools):
-            if tool not in choice.callable(tools):
-                continue
-            schema = _guided(tool.parameters)
-            _check_schema(schema, f"tools[{i}].function.parameters")
-            rules.append(f"call_{len(rules)}: {self._line(shape.each, tool.name, schema)}")
-        between = f"{_quoted(shape.between)} " if shape.between else ""
-        more = f" ({between}call)*" if several else ""
-        start = [self._line(shape.before), f"call{more}", self._line(shape.after)]
-        choices = " | ".join(f"call_{i}" for i in range(len(rules)))
-        return "\n".join(
-            [f"start: {' '.join(filter(None, start))}", f"call: {choices}", *rules, ""]
-        )
+        # Ids mean nothing to the check, which has no model's vocabulary.
+        reason = check(_lark(shape, {}, terms, one=one))
+        if reason is not None:
+            raise BadRequest(f"'tools' are too much together: {reason}", param="tools")
+        return _lark(shape, self.ids, terms, one=one)
 
-    def _line(self, parts: Sequence[str], name: str = "", schema: str = "") -> str:
-        """Parts of a shape as a line of Lark; neighbouring texts are joined."""
-        line: list[str] = []
-        text = ""
-        for part in (*parts, ""):
-            if part not in self.ids and part not in (_ARGUMENTS, ""):
-                text += name if part == _TOOL else part
-                continue
-            if text:
-                line.append(_quoted(text))
-                text = ""
-            if part == _ARGUMENTS:
-                line.append(f"%json {schema}")
-            elif part:
-                line.append(f"<[{self.ids[part]}]>")
-        return " ".join(line)
+
+def _lark(shape: _Shape, ids: Mapping[str, int], terms: Mapping[str, str], *, one: bool) -> str:
+    """A grammar of one call or more; `terms` are the arguments of each tool."""
+    each = [_lark_line(shape.each, ids, name, term) for name, term in terms.items()]
+    between = f"{_quoted(shape.between)} " if shape.between else ""
+    calls = "call" if one or not shape.several else f"call ({between}call)*"
+    start = (_lark_line(shape.before, ids), calls, _lark_line(shape.after, ids))
+    lines = [
+        f"start: {' '.join(filter(None, start))}",
+        f"call: {' | '.join(f'call_{i}' for i in range(len(each)))}",
+        *(f"call_{i}: {line}" for i, line in enumerate(each)),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _lark_line(
+    parts: Sequence[str], ids: Mapping[str, int], name: str = "", arguments: str = ""
+) -> str:
+    """Parts of a shape; neighbouring texts are joined."""
+    line: list[str] = []
+    text = ""
+    for part in (*parts, ""):
+        if part not in ids and part not in (_ARGUMENTS, ""):
+            text += name if part == _TOOL else part
+            continue
+        if text:
+            line.append(_quoted(text))
+            text = ""
+        if part == _ARGUMENTS:
+            line.append(arguments)
+        elif part:
+            line.append(f"<[{ids[part]}]>")
+    return " ".join(line)
 
 
 def _quoted(text: str) -> str:
@@ -362,43 +377,20 @@ def _text_arguments(tool: Tool) -> list[tuple[str, str]]:
     ]
 
 
-def _guided(parameters: dict[str, Any]) -> str:
-    """The schema for llguidance, without white space that a model could go on with for ever.
+def _enforced(tool: Tool, place: str) -> str:
+    """The tool's schema as a term of Lark. Raises BadRequest.
 
-    Arguments that a schema does not name are left out, unless it says that they are welcome.
+    Arguments that the schema does not name are left out, unless it says that they are welcome.
     """
-    schema = _without_guidance(parameters)
-    schema.setdefault("type", "object")
+    schema = {"type": "object", **tool.parameters}
     if "properties" in schema:
         schema.setdefault("additionalProperties", False)
-    schema["x-guidance"] = {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-    }
-    return json.dumps(schema)
-
-
-def _without_guidance(value: Any) -> Any:
-    """A client must not switch options of the grammar."""
-    if isinstance(value, Mapping):
-        members = cast("Mapping[str, Any]", value)
-        return {k: _without_guidance(v) for k, v in members.items() if k != "x-guidance"}
-    if isinstance(value, list):
-        items: list[Any] = value
-        return [_without_guidance(item) for item in items]
-    return value
-
-
-def _check_schema(schema: str, place: str) -> None:
-    from llguidance import LLMatcher
-
-    if LLMatcher.validate_grammar(f"start: %json {schema}\n"):
+    try:
+        return json_schema_grammar(schema).removeprefix("start: ").rstrip()
+    except GrammarError as error:
         raise BadRequest(
-            f"'{place}' is no JSON schema that can be enforced; 'tool_choice': 'auto' does not "
-            "need to.",
-            param=place,
-        )
+            f"'{place}' cannot be enforced, as 'tool_choice' asks: {error.message}", param=place
+        ) from error
 
 
 # -- how models think

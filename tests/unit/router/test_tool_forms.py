@@ -247,11 +247,12 @@ def test_forced_calls_are_read_back(vocabulary: LLTokenizer, name: str, *, marke
 def test_grammars_keep_clients_from_their_options() -> None:
     schema = {"type": "object", "properties": {}, "x-guidance": {"lenient": True}}
     grammar = ToolForm().call_grammar((Tool("f", "", schema),), ToolChoice("required"), True)
-    assert "lenient" not in grammar
+    assert '"lenient": true' not in grammar
     bad = Tool("f", "", {"type": "object", "properties": {"a": {"type": "strng"}}})
     with pytest.raises(BadRequest) as error:
         ToolForm().call_grammar((WEATHER, bad), ToolChoice("required"), True)
     assert error.value.param == "tools[1].function.parameters"
+    assert error.value.message.startswith("'tools[1].function.parameters' cannot be enforced")
 
 
 def test_scan_rules() -> None:
@@ -322,3 +323,5 @@ def test_control_tokens_of_calls_and_thinking_are_seen(tmp_path: Path) -> None:
         ids["<think>"],
     ]
     assert pieces[ids["<think>"]] == b"<think>"
+    assert model.control_id("<think>") == ids["<think>"]
+    assert model.control_id("</think>") is None
