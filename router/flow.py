@@ -54,6 +54,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int | None = None  # of those; None where thinking is not looked for
     finish: str = ""
     queue_s: float | None = None
     ttft_s: float | None = None
@@ -71,6 +72,7 @@ class RequestRecord:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
             "finish": self.finish,
             "queue_s": None if self.queue_s is None else round(self.queue_s, 6),
             "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
@@ -99,6 +101,7 @@ class Job:
     priority: int = 0
     tenant: bytes = b""  # whose request it is, where several keys are in use
     grammar: str = ""
+    keep: int = 0  # of the `n` choices of each prompt; 0: all
 
     @property
     def num_choices(self) -> int:
@@ -319,6 +322,8 @@ class Flow:
         record = job.record
         record.cached_tokens = sum(c.stream.cached_tokens for c in choices if c.index % job.n == 0)
         record.completion_tokens = sum(choice.num_tokens for choice in choices)
+        if job.rules.scan is not None and job.rules.scan.thinking is not None:
+            record.reasoning_tokens = sum(choice.num_reasoning_tokens for choice in choices)
         record.finish = "+".join(dict.fromkeys(choice.finish or "none" for choice in choices))
         series = self._metrics.of_model(job.model.name)
         series.e2e_s.observe(self._clock() - record.started_s)
@@ -379,6 +384,11 @@ class _Choice:
     def num_tokens(self) -> int:
         """Tokens that count."""
         return self._text.num_tokens
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Those of them that were thinking."""
+        return self._text.num_reasoning_tokens
 
     def push(self, delta: Delta, end: Finish | None) -> list[Piece]:
         """The next tokens as text, in one to MAX_PIECES pieces."""

@@ -83,6 +83,7 @@ class LoopbackEngines:
     running: set[int] = field(default_factory=set)
     restarts: bool = True
     embedding_size: int = EMBEDDING_SIZE
+    max_len: int = MAX_LEN
     tokens_running: int = 0  # of texts to be embedded
     most_running: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -108,7 +109,7 @@ class LoopbackEngines:
         epoch = self.fleet.replicas[replica].epoch + 1
         identity = f"engine-{replica}-{epoch}".encode()
         self.fleet.start(replica, epoch, identity)
-        limits = Limits(MAX_LEN, VOCAB_SIZE, 32, 100, 64, embedding_size=self.embedding_size)
+        limits = Limits(self.max_len, VOCAB_SIZE, 32, 100, 64, embedding_size=self.embedding_size)
         ready = Ready(epoch, protocol.PROTOCOL_VERSION, limits)
         self.fleet.receive(identity, protocol.encode(ready))
 
@@ -296,6 +297,7 @@ async def router_parts(
     generates: bool = True,
     pooling: PoolingRule | None = None,
     embedding_size: int = EMBEDDING_SIZE,
+    max_len: int = MAX_LEN,
 ) -> AsyncIterator[Router]:
     """A router over `replicas` scripted engines; at the end nothing may be left running."""
     settings = settings or FlowSettings()
@@ -305,7 +307,7 @@ async def router_parts(
         (MODEL, "a/b"),
         text.tokenizer,
         template,
-        MAX_LEN,
+        max_len,
         1_700_000_000,
         generates=generates,
         pooling=pooling or PoolingRule(),
@@ -313,7 +315,7 @@ async def router_parts(
         thinking=thinking_of(text, ""),
     )
     metrics, table = Metrics(), StreamTable()
-    engines = LoopbackEngines(plays, embedding_size=embedding_size)
+    engines = LoopbackEngines(plays, embedding_size=embedding_size, max_len=max_len)
     served = ModelTable([model])
     vocabularies = vocabulary_of(served)
     fleet = Fleet([MODEL] * replicas, table, engines, metrics, time.monotonic, vocabularies)

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from router.api.chat import adds_generation_prompt, template_messages
+from router.api.conversation import adds_generation_prompt, template_messages
 from router.api.generation import Generations
 from router.api.http import read_json_body, send_bytes, send_json, while_connected
 from router.api.schemas import DetokenizeRequest, TokenizeRequest, decode_body

@@ -6,24 +6,39 @@ Owns the forms of a prompt and the JSON of completion answers. Must not know eng
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any, Final, TypeGuard
 
 from starlette.types import Receive, Scope, Send
 
-from router.api.answer import WholeChoice, answer_stream, answer_whole
+from router.api.answer import ChunkStream, WholeChoice, answer_stream, answer_whole
 from router.api.generation import Generations, new_id, record_of, salt_of, tenant_of
 from router.api.http import read_json_body, while_connected
-from router.api.logprobs import TokenNames, completion_logprobs, joined, prompt_logprobs
+from router.api.logprobs import (
+    TokenNames,
+    completion_logprobs,
+    joined,
+    listed_prompt_logprobs,
+    prompt_logprobs,
+)
 from router.api.options import (
     MAX_LOGPROBS,
     MAX_PROMPTS,
     MAX_SEQUENCES,
     check_ranges,
+    num_run,
+    prompt_logprobs_of,
     sampling_of,
     text_rules_of,
+    truncated,
     wanted_tokens,
 )
-from router.api.schemas import CompletionRequest, decode_body, refuse_unsupported
+from router.api.schemas import (
+    CompletionRequest,
+    decode_body,
+    refuse_tools,
+    refuse_unsupported,
+)
 from router.api.sse import ChunkTemplate
 from router.errors import BadRequest
 from router.flow import First, Job, Progress
@@ -52,27 +67,31 @@ class Completions:
         if request.stream:
             options = request.stream_options
             include_usage = options is not None and options.include_usage is True
-            await answer_stream(send, steps, job, form, include_usage=include_usage)
+            stream = ChunkStream(form, job, include_usage=include_usage)
+            await answer_stream(send, steps, job, stream)
         else:
             await answer_whole(send, steps, job, form)
 
     async def _prepare(self, scope: Scope, request: CompletionRequest, model: ServedModel) -> Job:
         """Everything that can be refused is refused here. Raises RequestError."""
         refuse_unsupported(request)
+        refuse_tools(request)
         check_ranges(request)
         logprobs = -1 if request.logprobs is None else request.logprobs
         if request.logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
             raise BadRequest(f"'logprobs' must be between 0 and {MAX_LOGPROBS}.", param="logprobs")
         max_new = wanted_tokens(request.max_tokens, "max_tokens", lowest=0 if request.echo else 1)
         rules = text_rules_of(request, model, logprobs=logprobs >= 0, continues=True)
-        sampling = sampling_of(
-            request, model, logprobs=logprobs, prompt_logprobs=logprobs if request.echo else -1
-        )
+        structured = await self._generations.structured(request)
+        told = max(prompt_logprobs_of(request), logprobs if request.echo else -1)
+        sampling = sampling_of(request, model, logprobs=logprobs, prompt_logprobs=told)
         prompts = prompts_of(request.prompt, model.tokenizer.vocab_size)
-        if len(prompts) * (request.n or 1) > MAX_SEQUENCES:
+        if len(prompts) * num_run(request) > MAX_SEQUENCES:
             raise BadRequest(f"Prompts times 'n' may be at most {MAX_SEQUENCES}.", param="n")
         add_special = request.add_special_tokens is not False
-        tokens = await self._generations.encode(model, prompts, add_special=add_special)
+        encoded = await self._generations.encode(model, prompts, add_special=add_special)
+        max_len = self._generations.max_len(model)
+        tokens = tuple(truncated(ids, request.truncate_prompt_tokens, max_len) for ids in encoded)
         for prompt in tokens:
             if not prompt:
                 raise BadRequest("'prompt' must not be empty.", param="prompt")
@@ -84,10 +103,12 @@ class Completions:
             max_new=DEFAULT_MAX_TOKENS if max_new is None else max_new,
             sampling=sampling,
             rules=rules,
-            n=request.n or 1,
+            n=num_run(request),
+            keep=request.n or 1,
             salt=salt_of(scope, request),
             priority=request.priority or 0,
             tenant=tenant_of(scope),
+            grammar="" if structured is None else structured.grammar,
         )
 
 
@@ -113,6 +134,8 @@ class CompletionForm:
                 for prompt in given
             ]
         self._echoes = request.echo is True
+        self._tells_logprobs = request.logprobs is not None
+        self._tells_prompt = request.prompt_logprobs is not None
 
     def chunks(self, *, include_usage: bool) -> ChunkTemplate:
         return ChunkTemplate(
@@ -130,7 +153,7 @@ class CompletionForm:
         if not self._echoes and not self._with_tokens:
             return None
         choice = self._choice(index, self._echo[index // self._job.n])
-        if self._echoes and self._job.rules.logprobs:
+        if self._echoes and self._tells_logprobs:
             choice["logprobs"] = self._prompt_logprobs(index, first)
         if self._with_tokens:
             choice["prompt_token_ids"] = self._job.prompts[index // self._job.n]
@@ -141,30 +164,39 @@ class CompletionForm:
     def tells_tokens(self) -> bool:
         return self._with_tokens
 
-    def chunk(self, progress: Progress) -> dict[str, Any]:
+    def told(self, progress: Progress) -> list[dict[str, Any]]:
         piece = progress.piece
         choice = self._choice(progress.choice, piece.text)
-        if piece.entries:
+        if piece.entries and self._tells_logprobs:
             choice["logprobs"] = self._logprobs(progress.choice, piece.entries)
         if self._with_tokens:
             choice["token_ids"] = piece.tokens
-        return choice
+        return [choice]
 
     def last(self, index: int, finish: FinishReason) -> dict[str, Any]:
         return {**self._choice(index, ""), "finish_reason": finish}
 
     def whole(self, choices: list[WholeChoice], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [self._whole_choice(c) for c in choices], "usage": usage}
+        return {
+            **self._head,
+            "choices": [*starmap(self._whole_choice, enumerate(choices))],
+            "usage": usage,
+        }
 
-    def _whole_choice(self, choice: WholeChoice) -> dict[str, Any]:
+    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
         prompt = choice.index // self._job.n
-        whole = self._choice(choice.index, self._echo[prompt] + "".join(choice.texts))
+        whole = self._choice(index, self._echo[prompt] + choice.text)
         whole["finish_reason"] = choice.finish
-        if self._job.rules.logprobs:
+        if self._tells_prompt:
+            told = choice.first.prompt_logprobs or []
+            whole["prompt_logprobs"] = listed_prompt_logprobs(
+                self._job.prompts[prompt], told, self._names
+            )
+        if self._tells_logprobs:
             whole["logprobs"] = self._logprobs(choice.index, choice.entries)
             if self._echoes:
-                told = self._prompt_logprobs(choice.index, choice.first)
-                whole["logprobs"] = joined(told, whole["logprobs"])
+                echoed = self._prompt_logprobs(choice.index, choice.first)
+                whole["logprobs"] = joined(echoed, whole["logprobs"])
         if self._with_tokens:
             whole["prompt_token_ids"] = self._job.prompts[prompt]
             whole["token_ids"] = choice.tokens

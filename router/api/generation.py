@@ -6,18 +6,22 @@ Owns nothing but references. Must not know the JSON of any route.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 from starlette.types import Scope
 
-from router.api.schemas import GenerationRequest
+from router.api.schemas import GenerationRequest, asks_for_structure
+from router.api.structured import Structured, grammar_of
 from router.errors import BadRequest, ContextLengthExceeded
 from router.flow import Flow, Job, Progress, RequestRecord
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
 from router.text.tool_forms import Tool
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Keys of the ASGI scope, set by the boundary and by the key check.
 RECORD: Final = "router.record"
@@ -138,6 +142,23 @@ class Generations:
     def check_room(self, model: ServedModel, prompt: Sequence[int], *, param: str) -> None:
         """Raises ContextLengthExceeded unless one more token fits."""
         self._flow.check_room(model, len(prompt), param=param)
+
+    def max_len(self, model: ServedModel) -> int:
+        """Tokens that prompt and answer may have together, as of now."""
+        return self._flow.max_len(model)
+
+    async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The function's result, from a thread. Raises what it raises, Overloaded, BadRequest."""
+        return await self._pool.run(function, *args, **kwargs)
+
+    async def structured(self, request: GenerationRequest) -> Structured | None:
+        """The form that the answer is bound to. Raises BadRequest.
+
+        Compiling a schema takes milliseconds to seconds: never on the event loop.
+        """
+        if not asks_for_structure(request):
+            return None
+        return await self.work(grammar_of, request)
 
     def run(self, job: Job) -> AsyncGenerator[list[Progress], None]:
         """The life of the job; see `Flow.generate`."""

@@ -102,6 +102,31 @@ def prompt_logprobs(
     }
 
 
+def listed_prompt_logprobs(
+    prompt: Sequence[int], told: Sequence[TokenLogprob], names: TokenNames
+) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` in vLLM's form: id -> logprob, rank and text of each prompt token.
+
+    `told[i]` belongs to `prompt[i + 1]`; the first token has none. The rank of a token that is
+    not among the listed ones is not known.
+    """
+    listed: list[dict[str, Any] | None] = [None]
+    for token, known in zip(prompt[1:], told, strict=False):
+        ranks = {rival: rank for rank, (rival, _) in enumerate(known.top, 1)}
+        values = {**dict(known.top), token: known.logprob}
+        listed.append(
+            {
+                str(rival): {
+                    "logprob": finite(value),
+                    "rank": ranks.get(rival),
+                    "decoded_token": names.text_of(rival),
+                }
+                for rival, value in values.items()
+            }
+        )
+    return listed[: len(prompt)]
+
+
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Two results in the completion shape, one behind the other."""
     return {key: first[key] + second[key] for key in first}

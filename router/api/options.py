@@ -20,6 +20,7 @@ MAX_CHOICES: Final = 128
 MAX_PROMPTS: Final = 1024
 MAX_SEQUENCES: Final = 1024
 MAX_LOGPROBS: Final = 20
+MAX_BEST_OF: Final = 20
 TINY_TEMPERATURE: Final = 1e-3
 MAX_STOPS: Final = 32
 MAX_STOP_CHARS: Final = 1000
@@ -55,8 +56,8 @@ def check_ranges(request: GenerationRequest) -> None:
         raise BadRequest(
             "'repetition_penalty' must be above 0 and at most 2.", param="repetition_penalty"
         )
-    if request.best_of is not None and request.best_of not in (1, request.n or 1):
-        raise BadRequest("'best_of' above 'n' is not supported.", param="best_of")
+    if request.best_of is not None:
+        _check_best_of(request.best_of, request)
     if request.stream_options is not None and not request.stream:
         raise BadRequest("'stream_options' needs 'stream': true.", param="stream_options")
     salt = request.cache_salt
@@ -64,6 +65,51 @@ def check_ranges(request: GenerationRequest) -> None:
         raise BadRequest(
             f"'cache_salt' must have 1 to {MAX_SALT_CHARS} characters.", param="cache_salt"
         )
+
+
+def _check_best_of(best_of: int, request: GenerationRequest) -> None:
+    if not (request.n or 1) <= best_of <= MAX_BEST_OF:
+        raise BadRequest(
+            f"'best_of' must be between 'n' and {MAX_BEST_OF}.",
+            param="best_of",
+        )
+    if request.stream and best_of > (request.n or 1):
+        raise BadRequest("'best_of' above 'n' cannot be streamed.", param="best_of")
+
+
+def num_run(request: GenerationRequest) -> int:
+    """How many answers to each prompt are generated; `n` of them are kept."""
+    return max(request.n or 1, request.best_of or 1)
+
+
+def prompt_logprobs_of(request: GenerationRequest) -> int:
+    """-1 none, else how many rivals of each prompt token are wanted. Raises BadRequest."""
+    wanted = request.prompt_logprobs
+    if wanted is None:
+        return -1
+    if not 0 <= wanted <= MAX_LOGPROBS:
+        raise BadRequest(
+            f"'prompt_logprobs' must be between 0 and {MAX_LOGPROBS}.", param="prompt_logprobs"
+        )
+    if request.stream:
+        raise BadRequest("'prompt_logprobs' cannot be streamed.", param="prompt_logprobs")
+    return wanted
+
+
+def truncated(prompt: list[int], wanted: int | None, max_len: int) -> list[int]:
+    """The last `wanted` ids of the prompt; -1 for as many as leave room for an answer.
+
+    Raises BadRequest.
+    """
+    if wanted is None:
+        return prompt
+    if wanted != -1 and not 1 <= wanted < max_len:
+        raise BadRequest(
+            f"'truncate_prompt_tokens' must be between 1 and {max_len - 1} for this model, or -1 "
+            "for as many as it takes.",
+            param="truncate_prompt_tokens",
+        )
+    return prompt[-(max_len - 1 if wanted == -1 else wanted) :]
 
 
 def sampling_of(
@@ -76,6 +122,8 @@ def sampling_of(
     seed = request.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(8), "little")
+    if logprobs < 0 and (request.best_of or 1) > (request.n or 1):
+        logprobs = 0  # which answers are best is judged by them
     top_p = _or(request.top_p, 1.0)
     temperature = _or(request.temperature, 1.0)
     return Sampling(
@@ -120,7 +168,7 @@ def text_rules_of(
         stops=StopStrings(stops) if stops else None,
         stop_ids=frozenset((*ends, *given)),
         include_stop=bool(request.include_stop_str_in_output),
-        logprobs=logprobs,
+        logprobs=logprobs or (request.best_of or 1) > (request.n or 1),
     )
 
 

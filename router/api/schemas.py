@@ -23,16 +23,10 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
-    """`response_format`: only the type matters here."""
-
-    type: str
-
-
 class GenerationRequest(msgspec.Struct, kw_only=True, frozen=True):
     """What chats and completions have in common: sampling, ends, shape of the answer.
 
-    Fields from `tools` on are read only to be refused: see `refuse_unsupported`.
+    Those in REFUSED are read only to be refused: see `refuse_unsupported`.
     """
 
     model: str
@@ -60,7 +54,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, frozen=True):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = None
     priority: int | None = None
-    response_format: ResponseFormat | None = None
+    response_format: Any = None
     tool_choice: Any = None
     modalities: list[str] | None = None
     tools: list[Any] | None = None
@@ -95,11 +89,24 @@ _EMPTY: Final[tuple[Any, ...]] = ([], {}, "", "none")  # such values ask for not
 
 # Names that would change what the answer promises.
 REFUSED: Final = (
-    "tools",
     "functions",
     "function_call",
     "audio",
     "suffix",
+    "stop_regex",
+    "bad_words",
+    "allowed_token_ids",
+    "logits_processors",
+    "prompt_embeds",
+    "use_beam_search",
+    "chat_template",
+    "documents",
+)
+
+
+# Names that bind the form of an answer, all spellings in use.
+STRUCTURED: Final = (
+    "response_format",
     "structured_outputs",
     "guided_json",
     "guided_regex",
@@ -111,16 +118,6 @@ REFUSED: Final = (
     "regex",
     "ebnf",
     "grammar",
-    "stop_regex",
-    "bad_words",
-    "allowed_token_ids",
-    "logits_processors",
-    "prompt_logprobs",
-    "prompt_embeds",
-    "truncate_prompt_tokens",
-    "use_beam_search",
-    "chat_template",
-    "documents",
 )
 
 
@@ -161,6 +158,10 @@ class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
 
 
 class EmbeddingRequest(msgspec.Struct, kw_only=True, frozen=True):
@@ -237,18 +238,19 @@ def refuse_unsupported(request: GenerationRequest) -> None:
         value = getattr(request, name)
         if value is not None and value is not False and value not in _EMPTY:
             raise BadRequest(f"'{name}' is not supported by this server.", param=name)
-    wanted = request.response_format
-    if wanted is not None and wanted.type != "text":
-        raise BadRequest(
-            "'response_format' other than {'type': 'text'} is not supported by this server.",
-            param="response_format",
-        )
-    if request.tool_choice not in (None, "none", "auto"):
-        raise BadRequest(
-            "'tool_choice' needs 'tools', which are not supported.", param="tool_choice"
-        )
     if request.modalities not in (None, [], ["text"]):
         raise BadRequest("'modalities' other than ['text'] are not supported.", param="modalities")
+
+
+def asks_for_structure(request: GenerationRequest) -> bool:
+    """Whether any of the fields that bind an answer's form is set."""
+    return any(getattr(request, name) is not None for name in STRUCTURED)
+
+
+def refuse_tools(request: GenerationRequest) -> None:
+    """Raises BadRequest for tools where no chat is."""
+    if request.tools or request.tool_choice not in (None, "none", "auto"):
+        raise BadRequest("'tools' are for chats: use /v1/chat/completions.", param="tools")
 
 
 def _wrong_field(text: str) -> BadRequest:

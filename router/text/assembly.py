@@ -1,4 +1,5 @@
-"""From the tokens of one choice to its text: detokenizing, stop strings, log-probability entries.
+"""From the tokens of one choice to its text: detokenizing, stop strings, thinking and tool calls,
+log-probability entries.
 
 Owns the text state of one choice. Must not know HTTP, engines or sockets.
 The result does not depend on how the tokens were bundled: a streamed answer and a whole one are
@@ -17,9 +18,10 @@ import msgspec
 from engine.protocol import Finish
 from router.streams import TokenLogprob
 from router.text.detokenizer import Detokenizer
+from router.text.scanner import Delta, Scanner, ScanRules
 from router.text.stops import StopMatcher, StopStrings
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class TextRules:
     `strip_space` drops one space from the start of the text, `strip_lines` all spaces and line
     breaks there; `errors` shows invalid bytes.
     The token that ended a choice by being in `stop_ids` is counted, but is no text (unless
-    `include_stop`). `logprobs` says whether entries are wanted.
+    `include_stop`). `logprobs` says whether entries are wanted. With `scan` the text behind the
+    stop strings is taken apart into answer, thinking and tool calls.
     """
 
     pieces: Sequence[bytes]
@@ -41,6 +44,7 @@ class TextRules:
     stop_ids: frozenset[int] = frozenset()
     include_stop: bool = False
     logprobs: bool = False
+    scan: ScanRules | None = None
 
 
 class Entry(NamedTuple):
@@ -54,13 +58,16 @@ class Entry(NamedTuple):
 class Piece(msgspec.Struct, frozen=True, gc=False):
     """What some tokens added to a choice. `tokens` are all that count, hidden ones included.
 
-    A struct, as it is made once per token.
+    Where the text is scanned it is told in `deltas`, and `text` is empty. `matched` is the stop
+    string that ended it. A struct, as it is made once per token.
     """
 
     text: str
     tokens: list[int]
     entries: Sequence[Entry]
     finish: FinishReason | None
+    deltas: Sequence[Delta] = ()
+    matched: str | None = None
 
 
 class ChoiceText:
@@ -79,11 +86,16 @@ class ChoiceText:
             errors=rules.errors,
         )
         self._matcher = StopMatcher(rules.stops) if rules.stops else None
-        self._step_by_token = self._matcher is not None or rules.logprobs
+        self._scanner = Scanner(rules.scan) if rules.scan else None
+        self._step_by_token = bool(self._matcher or self._scanner or rules.logprobs)
         self._num_produced = 0  # characters out of the detokenizer
         self._num_shown = 0  # characters past the stop matcher
         self._held: deque[Entry] = deque()  # entries whose text is not out yet
+        self._shown: list[str] = []  # of the piece in the making
+        self._deltas: list[Delta] = []
+        self._matched: str | None = None
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish: FinishReason | None = None
 
     def push(
@@ -119,46 +131,56 @@ class ChoiceText:
         logprobs: list[TokenLogprob] | None,
         reason: FinishReason | None,
     ) -> Piece:
-        shown: list[str] = []
         for i in range(visible):
             if logprobs is not None and self._rules.logprobs:
                 self._held.append(Entry(tokens[i], logprobs[i], self._num_produced))
-            if self._show(self._detokenizer.push([tokens[i]]), shown):
-                return self._piece(shown, tokens[: i + 1], "stop")
+            if self._scanner is not None:
+                self.num_reasoning_tokens += self._scanner.in_reasoning
+            if self._show(self._detokenizer.push([tokens[i]])):
+                self._flush_scanner()
+                return self._piece(tokens[: i + 1], "stop")
         if reason is not None:
-            if self._show(self._detokenizer.flush(), shown):
-                return self._piece(shown, tokens, "stop")
-            if self._matcher is not None:
-                rest = self._matcher.flush()
-                self._num_shown += len(rest)
-                shown.append(rest)
-        return self._piece(shown, tokens, reason, ended_by_engine=reason is not None)
+            if not self._show(self._detokenizer.flush()) and self._matcher is not None:
+                self._emit(self._matcher.flush())
+            self._flush_scanner()
+            return self._piece(tokens, reason, ended_by_engine=self._matched is None)
+        return self._piece(tokens, reason)
 
-    def _show(self, text: str, shown: list[str]) -> bool:
-        """Moves text through the stop matcher into `shown`; True if a stop string is complete."""
+    def _show(self, text: str) -> bool:
+        """Moves text through the stop matcher; True if it ends here."""
         self._num_produced += len(text)
         if self._matcher is None:
-            self._num_shown += len(text)
-            shown.append(text)
-            return False
-        safe, matched = self._matcher.push(text)
-        if matched is not None and self._rules.include_stop:
-            safe += matched
-        self._num_shown += len(safe)
-        shown.append(safe)
-        return matched is not None
+            self._emit(text)
+        else:
+            safe, self._matched = self._matcher.push(text)
+            if self._matched is not None and self._rules.include_stop:
+                safe += self._matched
+            self._emit(safe)
+        return self._matched is not None or (self._scanner is not None and self._scanner.done)
+
+    def _emit(self, text: str) -> None:
+        self._num_shown += len(text)
+        if self._scanner is None:
+            self._shown.append(text)
+        elif text:
+            self._deltas += self._scanner.push(text)
+
+    def _flush_scanner(self) -> None:
+        if self._scanner is not None:
+            self._deltas += self._scanner.flush()
 
     def _piece(
-        self,
-        shown: list[str],
-        tokens: list[int],
-        reason: FinishReason | None,
-        *,
-        ended_by_engine: bool = False,
+        self, tokens: list[int], reason: FinishReason | None, *, ended_by_engine: bool = False
     ) -> Piece:
         entries: list[Entry] = []
         while self._held and (ended_by_engine or self._held[0].offset < self._num_shown):
             entries.append(self._held.popleft())
         self.num_tokens += len(tokens)
+        if self._matched is not None or (reason is None and self._scanner and self._scanner.done):
+            reason = "stop"
+        if reason == "stop" and self._scanner is not None and self._scanner.num_calls:
+            reason = "tool_calls"
         self.finish = reason
-        return Piece("".join(shown), tokens, entries, reason)
+        text, self._shown = "".join(self._shown), []
+        deltas, self._deltas = self._deltas, []
+        return Piece(text, tokens, entries, reason, deltas, self._matched)

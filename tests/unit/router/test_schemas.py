@@ -48,7 +48,6 @@ def refusal(body: Any, kind: type = ChatRequest) -> BadRequest:
         ({"messages": [{"content": "x"}]}, "messages[0].role", "is required"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "string or a list"),
         ({"model": None}, "model", "must be a string"),
-        ({"response_format": "text"}, "response_format", "must be an object"),
     ],
 )
 def test_wrong_types_name_the_field(change: dict[str, Any], param: str, words: str) -> None:
@@ -117,15 +116,12 @@ def test_unknown_fields_are_ignored_at_every_level() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_we_do_not_do_is_refused_by_name(name: str) -> None:
     asked: dict[str, Any] = {
-        "tools": [{}],
         "functions": [{}],
         "bad_words": ["x"],
         "allowed_token_ids": [1],
         "documents": [{}],
         "suffix": "x",
         "chat_template": "x",
-        "prompt_logprobs": 0,
-        "truncate_prompt_tokens": 4,
         "use_beam_search": True,
     }
     error = refusal({**CHAT, name: asked.get(name, {"x": 1})})
@@ -136,10 +132,7 @@ def test_what_we_do_not_do_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
     ],
 )
@@ -150,10 +143,6 @@ def test_promises_we_cannot_keep(change: dict[str, Any], param: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"response_format": {"type": "text"}},
-        {"tools": []},
-        {"tool_choice": "none"},
-        {"tool_choice": "auto"},
         {"functions": []},
         {"suffix": ""},
         {"use_beam_search": False},
