@@ -1,6 +1,6 @@
 """Everything that can go wrong in the router, and the one table to HTTP.
 
-Owns the error tree and `error_body`. Must not know Starlette, sockets or models.
+Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette, sockets or models.
 
     RouterError
       RequestError           answered to the client: status, type, code, param, Retry-After
@@ -24,7 +24,7 @@ Owns the error tree and `error_body`. Must not know Starlette, sockets or models
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 EXIT_OK: Final = 0
 EXIT_USAGE: Final = 64  # the command line is wrong
@@ -32,6 +32,20 @@ EXIT_UNAVAILABLE: Final = 69  # port taken, device not there
 EXIT_FATAL: Final = 70  # an engine failed for good
 EXIT_NO_MEMORY: Final = 75  # the models do not fit
 EXIT_CONFIG: Final = 78  # configuration file or model unusable
+
+# Anthropic's error types; what is not listed is `api_error`.
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 MAX_MESSAGE_CHARS: Final = 2000  # keeps every error body under 8 KiB, also with 4-byte characters
 
@@ -237,3 +251,10 @@ def error_body(
         "code": error.code,
     }
     return error.status, headers, {"error": body}
+
+
+def anthropic_error(error: RequestError, request_id: str) -> dict[str, Any]:
+    """The body of the same answer on Anthropic's routes; status and headers are `error_body`'s."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    told = {"type": kind, "message": error.message[:MAX_MESSAGE_CHARS]}
+    return {"type": "error", "error": told, "request_id": request_id}

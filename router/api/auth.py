@@ -13,8 +13,9 @@ from typing import Final
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from router.api.failures import ANTHROPIC, FAILURES
 from router.api.generation import TENANT, record_of
-from router.api.http import header
+from router.api.http import REPLY, Reply, header
 from router.config import key_matches
 from router.errors import Unauthorized
 
@@ -54,6 +55,17 @@ class GuardedRoute(Route):
         record_of(scope).route = self.path
         if self._check is not None:
             self._check.admit(scope)
+        await super().handle(scope, receive, send)
+
+
+class AnthropicRoute(GuardedRoute):
+    """One whose clients read Anthropic's errors, also that of a wrong key."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what `GuardedRoute.handle` raises."""
+        reply: Reply = scope[REPLY]
+        reply.id_headers = (*reply.id_headers, b"request-id")
+        scope[FAILURES] = ANTHROPIC
         await super().handle(scope, receive, send)
 
 

@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router import logs
+from router.api.failures import FAILURES, OPENAI, FailureForm
 from router.api.generation import RECORD
 from router.api.http import REPLY, Reply, header
-from router.api.sse import DONE, error_event
 from router.errors import (
     ClientGone,
     EngineFailed,
@@ -60,14 +60,14 @@ class Boundary:
         try:
             await self._app(scope, receive, reply)
         except RequestError as error:
-            await _fail(reply, record, error)
+            await _fail(scope, reply, error)
         except HTTPException as error:
             known = MethodNotAllowed() if error.status_code == 405 else RouteNotFound()
-            await _fail(reply, record, known, error.headers)
+            await _fail(scope, reply, known, error.headers)
         except Exception:
             fields = {"fields": {"request_id": record.request_id}}
             logging.getLogger("router").exception("bug", extra=fields)
-            await _fail(reply, record, EngineFailed())
+            await _fail(scope, reply, EngineFailed())
         finally:
             record.status = record.status or reply.status or ClientGone().status
             self._end(scope["method"], record)
@@ -83,23 +83,25 @@ class Boundary:
 
 
 async def _fail(
+    scope: Scope,
     reply: Reply,
-    record: RequestRecord,
     error: RequestError,
     more_headers: Mapping[str, str] | None = None,
 ) -> None:
+    record: RequestRecord = scope[RECORD]
+    form: FailureForm = scope.get(FAILURES, OPENAI)
     record.code = error.code or ""
     record.status = reply.status or error.status
     if isinstance(error, ClientGone):
         record.status = error.status
         return
-    status, headers, body = error_body(error)
     if reply.status:
         if reply.is_stream:
-            data = error_event(body) + DONE
+            data = form.events(error, record.request_id)
             await reply({"type": "http.response.body", "body": data, "more_body": False})
         return
-    data = msgspec.json.encode(body)
+    status, headers, _ = error_body(error)
+    data = msgspec.json.encode(form.body(error, record.request_id))
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(data)),

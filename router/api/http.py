@@ -82,16 +82,16 @@ class Reply:
         self._num_seen = -1
         self.status = 0  # 0 until the headers are out
         self.is_stream = False
+        self.id_headers: tuple[bytes, ...] = (b"x-request-id",)  # routes may add their clients'
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", ()))
             self.status = message["status"]
             self.is_stream = any(value.startswith(b"text/event-stream") for _, value in headers)
-            headers += [
-                (b"x-request-id", self._request_id.encode("latin-1")),
-                (b"x-content-type-options", b"nosniff"),
-            ]
+            request_id = self._request_id.encode("latin-1")
+            headers += [(name, request_id) for name in self.id_headers]
+            headers.append((b"x-content-type-options", b"nosniff"))
             message = {**message, "headers": headers}
         self._num_begun += 1
         await self._send(message)

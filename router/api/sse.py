@@ -47,6 +47,15 @@ def error_event(body: dict[str, Any]) -> bytes:
     return b"data: " + _encode(body) + b"\n\n"
 
 
+def named_event(name: str, data: dict[str, Any]) -> bytes:
+    """An event with its `event:` line, for the routes whose clients go by it."""
+    encoded = _encode(data)
+    if not encoded.isascii():
+        for raw, escaped in _LINE_ENDS:  # outside of strings JSON has none of them
+            encoded = encoded.replace(raw, escaped)
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), encoded)
+
+
 class ChunkTemplate:
     """The chunks of one stream.
 
