@@ -18,6 +18,7 @@ from router.api.chat import ChatCompletions
 from router.api.completions import Completions
 from router.api.embeddings import Embeddings
 from router.api.generation import Generations
+from router.api.responses import Responses
 from router.embed_flow import EmbedFlow
 from router.flow import Flow
 from router.metrics import Metrics
@@ -43,6 +44,7 @@ def build_app(parts: Parts) -> ASGIApp:
     check = KeyCheck(parts.keys)
     generations = Generations(parts.models, parts.flow, parts.pool)
     embeddings = Embeddings(parts.models, parts.embed_flow, parts.pool)
+    responses = Responses(generations)
     models = Models(parts.models, parts.flow, parts.embed_flow)
     tokens = Tokens(generations, parts.flow)
     status = Status(parts.health, parts.metrics)
@@ -57,6 +59,8 @@ def build_app(parts: Parts) -> ASGIApp:
         routes=[
             post("/v1/chat/completions", ChatCompletions(generations)),
             post("/v1/completions", Completions(generations)),
+            post("/v1/responses", responses.create),
+            post("/v1/responses/input_tokens", responses.count),
             post("/v1/embeddings", embeddings),
             post("/v1/engines/{name:path}/embeddings", embeddings),
             get("/v1/models", models.list),

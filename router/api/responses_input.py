@@ -1,0 +1,230 @@
+"""From the body of POST /v1/responses to a chat request.
+
+Owns what becomes of each kind of item, tool and option. Must not know templates, engines or HTTP.
+Items and tools that OpenAI's own servers would act on are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from router.api.field_names import FieldNames
+from router.api.options import MAX_LOGPROBS
+from router.api.refusals import needed_text, unsupported
+from router.api.responses_schema import InputItem, InputPart, ResponsesRequest
+from router.api.schemas import ChatMessage, ChatRequest, GenerationRequest
+from router.api.turns import Turns
+from router.errors import BadRequest
+
+ROLES: Final = ("user", "assistant", "system", "developer")
+LOGPROBS: Final = "message.output_text.logprobs"  # of `include`; its other values ask for nothing
+MAX_ITEMS: Final = 8192
+
+# How a chat's fields are called here.
+NAMES: Final = FieldNames(
+    [
+        (r"messages(\[\d+\].*)?", "input"),
+        (r"max_completion_tokens", "max_output_tokens"),
+        (r"response_format\.json_schema", "text.format"),
+        (r"response_format", "text.format"),
+        (r"reasoning_effort", "reasoning.effort"),
+        (r"tools\[(\d+)\]\.function", r"tools[\1]"),
+        (r"tool_choice\.function", "tool_choice"),
+    ]
+)
+_TEXT_PARTS: Final = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+
+
+def chat_of(request: ResponsesRequest) -> ChatRequest:
+    """The same request as a chat. Raises BadRequest."""
+    _refuse_state(request)
+    for name in ("n", "best_of"):
+        if getattr(request, name) not in (None, 1):
+            raise BadRequest(f"'{name}' is not supported: a response is one answer.", param=name)
+    if request.truncation not in (None, "auto", "disabled"):
+        raise BadRequest("'truncation' must be 'auto' or 'disabled'.", param="truncation")
+    with_logprobs = wants_logprobs(request)
+    tools, choice = _tools(request)
+    fields = {
+        field.name: getattr(request, field.name)
+        for field in msgspec.structs.fields(GenerationRequest)
+    }
+    fields |= {
+        "messages": _messages(request),
+        "max_completion_tokens": request.max_output_tokens,
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "logprobs": with_logprobs,
+        "top_logprobs": request.top_logprobs if with_logprobs else None,
+        "reasoning_effort": request.reasoning.effort if request.reasoning else None,
+        "chat_template_kwargs": request.chat_template_kwargs,
+    }
+    form = request.text.format if request.text else None
+    if form is not None:
+        if request.response_format is not None:
+            raise BadRequest(
+                "'text.format' and 'response_format' exclude each other.", param="text.format"
+            )
+        fields["response_format"] = _response_format(form)
+    return ChatRequest(**fields)
+
+
+def wants_logprobs(request: ResponsesRequest) -> bool:
+    """Whether the answer's tokens are told. Raises BadRequest."""
+    top = request.top_logprobs
+    if top is not None and not 0 <= top <= MAX_LOGPROBS:
+        raise BadRequest(
+            f"'top_logprobs' must be between 0 and {MAX_LOGPROBS}.", param="top_logprobs"
+        )
+    return bool(top) or LOGPROBS in (request.include or ())
+
+
+def _refuse_state(request: ResponsesRequest) -> None:
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if getattr(request, name):
+            raise BadRequest(
+                f"'{name}' is not supported: this server keeps nothing. Send the whole "
+                "conversation as 'input'.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    if request.background:
+        raise BadRequest(
+            "'background' is not supported: this server keeps nothing. Use 'stream'.",
+            param="background",
+            code="unsupported_parameter",
+        )
+
+
+# -- input
+
+
+def _messages(request: ResponsesRequest) -> list[ChatMessage]:
+    turns = Turns()
+    if request.instructions:
+        turns.say("system", [request.instructions])
+    given = request.input
+    if isinstance(given, str):
+        turns.say("user", [given])
+    elif given:
+        if len(given) > MAX_ITEMS:
+            raise BadRequest(f"'input' may hold at most {MAX_ITEMS} items.", param="input")
+        for i, item in enumerate(given):
+            _add_item(turns, item, f"input[{i}]")
+    else:
+        raise BadRequest("'input' is required.", param="input")
+    return turns.messages
+
+
+def _add_item(turns: Turns, item: InputItem, place: str) -> None:
+    match item.type:
+        case None | "message":
+            if item.role not in ROLES:
+                raise BadRequest(
+                    f"'{place}.role' must be one of: {', '.join(ROLES)}.", param=f"{place}.role"
+                )
+            turns.say(item.role, _texts(item.content, f"{place}.content"))
+        case "reasoning":
+            told = item.content or item.summary or []
+            turns.think("\n".join(_texts(told, f"{place}.content")))
+        case "function_call":
+            name = needed_text(item.name, f"{place}.name")
+            arguments = needed_text(item.arguments, f"{place}.arguments")
+            turns.call(needed_text(item.call_id, f"{place}.call_id"), name, arguments)
+        case "function_call_output":
+            texts = _texts(item.output, f"{place}.output")
+            turns.result(needed_text(item.call_id, f"{place}.call_id"), "\n".join(texts))
+        case "item_reference":
+            raise BadRequest(
+                "Items of type 'item_reference' are not supported: this server keeps nothing. "
+                "Send the item itself.",
+                param=f"{place}.type",
+            )
+        case _:
+            raise unsupported("Input items", item.type, f"{place}.type")
+
+
+def _texts(content: Any, place: str) -> list[str]:
+    """The texts of a string or of a list of parts. Raises BadRequest."""
+    if isinstance(content, str):
+        return [content]
+    try:
+        parts = msgspec.convert(content, list[InputPart])
+    except msgspec.ValidationError as error:
+        raise BadRequest(
+            f"'{place}' must be a string or a list of content parts.", param=place
+        ) from error
+    texts: list[str] = []
+    for i, part in enumerate(parts):
+        if part.type == "refusal":
+            texts.append(part.refusal or "")
+        elif part.type in _TEXT_PARTS:
+            texts.append(needed_text(part.text, f"{place}[{i}].text"))
+        else:
+            raise unsupported("Content parts", part.type, f"{place}[{i}].type")
+    return texts
+
+
+# -- tools and format
+
+
+def _tools(request: ResponsesRequest) -> tuple[list[Any] | None, Any]:
+    """Tools and choice in a chat's form, the tools cut down to the allowed ones."""
+    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or [])]
+    choice = request.tool_choice
+    if not isinstance(choice, dict):
+        return tools or None, choice
+    given: Mapping[str, Any] = choice
+    kind = given.get("type")
+    if kind == "function":
+        return tools, {"type": "function", "function": {"name": given.get("name")}}
+    if kind != "allowed_tools":
+        raise unsupported("Tool choices", kind, "tool_choice.type")
+    mode = given.get("mode", "auto")
+    if mode not in ("auto", "required"):
+        raise BadRequest(
+            "'tool_choice.mode' must be 'auto' or 'required'.", param="tool_choice.mode"
+        )
+    return _allowed(tools, given.get("tools")), mode
+
+
+def _allowed(tools: list[Any], wanted: Any) -> list[Any]:
+    names = [tool["function"].get("name") for tool in tools]
+    allowed = [entry.get("name") for entry in _objects(wanted, "tool_choice.tools")]
+    if not allowed or not all(isinstance(name, str) and name in names for name in allowed):
+        raise BadRequest(
+            "'tool_choice.tools' must name some of the functions in 'tools'.",
+            param="tool_choice.tools",
+        )
+    return [tool for tool in tools if tool["function"].get("name") in allowed]
+
+
+def _objects(value: Any, place: str) -> list[dict[str, Any]]:
+    try:
+        return msgspec.convert(value, list[dict[str, Any]])
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"'{place}' must be a list of objects.", param=place) from error
+
+
+def _tool(tool: Any, place: str) -> dict[str, Any]:
+    """One tool in a chat's form. What it holds is checked there."""
+    if not isinstance(tool, dict):
+        raise BadRequest(f"'{place}' must be an object.", param=place)
+    given: Mapping[str, Any] = tool
+    kind = given.get("type")
+    if kind != "function":
+        raise unsupported("Tools", kind, f"{place}.type")
+    function = {
+        key: given[key] for key in ("name", "description", "parameters", "strict") if key in given
+    }
+    return {"type": "function", "function": function}
+
+
+def _response_format(form: dict[str, Any]) -> dict[str, Any]:
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
