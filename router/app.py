@@ -12,12 +12,13 @@ from starlette.routing import Router
 from starlette.types import ASGIApp
 
 from router.api.admin import Health, Models, Status, Tokens
-from router.api.auth import GuardedRoute, KeyCheck, guarded
+from router.api.auth import AnthropicRoute, GuardedRoute, KeyCheck, guarded
 from router.api.boundary import Boundary
 from router.api.chat import ChatCompletions
 from router.api.completions import Completions
 from router.api.embeddings import Embeddings
 from router.api.generation import Generations
+from router.api.messages import Messages
 from router.api.responses import Responses
 from router.embed_flow import EmbedFlow
 from router.flow import Flow
@@ -45,6 +46,7 @@ def build_app(parts: Parts) -> ASGIApp:
     generations = Generations(parts.models, parts.flow, parts.pool)
     embeddings = Embeddings(parts.models, parts.embed_flow, parts.pool)
     responses = Responses(generations)
+    messages = Messages(generations)
     models = Models(parts.models, parts.flow, parts.embed_flow)
     tokens = Tokens(generations, parts.flow)
     status = Status(parts.health, parts.metrics)
@@ -55,12 +57,17 @@ def build_app(parts: Parts) -> ASGIApp:
     def post(path: str, endpoint: ASGIApp) -> GuardedRoute:
         return GuardedRoute(path, endpoint, "POST", check)
 
+    def anthropic(path: str, endpoint: ASGIApp) -> GuardedRoute:
+        return AnthropicRoute(path, endpoint, "POST", check)
+
     router = Router(
         routes=[
             post("/v1/chat/completions", ChatCompletions(generations)),
             post("/v1/completions", Completions(generations)),
             post("/v1/responses", responses.create),
             post("/v1/responses/input_tokens", responses.count),
+            anthropic("/v1/messages", messages.create),
+            anthropic("/v1/messages/count_tokens", messages.count),
             post("/v1/embeddings", embeddings),
             post("/v1/engines/{name:path}/embeddings", embeddings),
             get("/v1/models", models.list),
