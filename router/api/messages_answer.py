@@ -100,7 +100,7 @@ class MessageForm:
         return usage
 
 
-def _event(name: str, **members: Any) -> bytes:
+def _event(name: str, /, **members: Any) -> bytes:
     return named_event(name, {"type": name, **members})
 
 

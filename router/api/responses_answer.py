@@ -131,7 +131,7 @@ class ResponseForm:
             "metadata": given.metadata or {},
         }
 
-    def _event(self, name: str, **members: Any) -> bytes:
+    def _event(self, name: str, /, **members: Any) -> bytes:
         number = self._num_events
         self._num_events += 1
         return named_event(name, {"type": name, "sequence_number": number, **members})
