@@ -16,10 +16,15 @@ import jiter
 
 from router.api.messages_schema import MessagesRequest
 from router.api.runs import Change, Run, Runs
-from router.api.sse import named_event
+from router.api.sse import named_event, quote
 from router.flow import Job, Progress
 
 PING: Final = named_event("ping", {"type": "ping"})
+# The usual event, of text: block and quoted text.
+_TEXT_DELTA: Final = (
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+    b'"delta":{"type":"text_delta","text":%s}}\n\n'
+)
 
 
 class MessageForm:
@@ -110,20 +115,15 @@ def _change_event(change: Change) -> bytes:
         case "opens":
             block = _block(Run(run.index, run.kind, run.id, run.name))
             return _event("content_block_start", index=run.index, content_block=block)
+        case "grows" if run.kind == "content":  # the usual case
+            return _TEXT_DELTA % (run.index, quote(change.text))
         case "grows":
-            return _event("content_block_delta", index=run.index, delta=_delta(change))
+            name = "thinking" if run.kind == "reasoning" else "partial_json"
+            kind = "thinking_delta" if run.kind == "reasoning" else "input_json_delta"
+            delta = {"type": kind, name: change.text}
+            return _event("content_block_delta", index=run.index, delta=delta)
         case "ends":
             return _event("content_block_stop", index=run.index)
-
-
-def _delta(change: Change) -> dict[str, Any]:
-    match change.run.kind:
-        case "content":
-            return {"type": "text_delta", "text": change.text}
-        case "reasoning":
-            return {"type": "thinking_delta", "thinking": change.text}
-        case "call":
-            return {"type": "input_json_delta", "partial_json": change.text}
 
 
 def _block(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from router.api.logprobs import TokenNames, chat_logprobs
 from router.api.responses_schema import ResponsesRequest
 from router.api.runs import Change, Run, RunKind, Runs
-from router.api.sse import PING, named_event
+from router.api.sse import PING, named_event, quote
 from router.errors import RequestError, error_body
 from router.flow import Job, Progress, RequestRecord
 from router.text.assembly import Entry
@@ -25,6 +25,12 @@ _DELTAS: Final[dict[RunKind, str]] = {
     "reasoning": "response.reasoning_text",
     "call": "response.function_call_arguments",
 }
+# The usual event, of text without log-probabilities: number, item's id and place, quoted text.
+_TEXT_DELTA: Final = (
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta",'
+    b'"sequence_number":%d,"item_id":"%s","output_index":%d,"content_index":0,"delta":%s,'
+    b'"logprobs":[]}\n\n'
+)
 
 
 class ResponseForm:
@@ -67,7 +73,7 @@ class ResponseForm:
 
     def step(self, step: list[Progress]) -> bytes:
         """Takes in one step; its events."""
-        return b"".join([event for change in self.take(step) for event in self._events(change)])
+        return b"".join([self._events(change) for change in self.take(step)])
 
     def closing(self) -> bytes:
         """The whole answer once more."""
@@ -136,36 +142,53 @@ class ResponseForm:
         self._num_events += 1
         return named_event(name, {"type": name, "sequence_number": number, **members})
 
-    def _events(self, change: Change) -> list[bytes]:
-        run = change.run
-        place: dict[str, Any] = {"item_id": self._item_id(run), "output_index": run.index}
-        inner = place if run.kind == "call" else {**place, "content_index": 0}
-        name = _DELTAS[run.kind]
-        if change.what == "grows":
-            more = {**inner, "delta": change.text}
-            if run.kind == "content":
-                more["logprobs"] = self._logprobs(change.entries)
-            return [self._event(f"{name}.delta", **more)]
-        with_part = run.kind != "call"
-        if change.what == "opens":
-            item = self._item(run, "in_progress", opens=True)
-            events = [self._event("response.output_item.added", output_index=run.index, item=item)]
-            if with_part:
-                part = self._part(run)
-                events.append(self._event("response.content_part.added", **inner, part=part))
-            return events
-        done: dict[str, Any] = {"arguments" if run.kind == "call" else "text": run.text}
+    def _events(self, change: Change) -> bytes:
+        match change.what:
+            case "opens":
+                return self._opened(change.run)
+            case "grows":
+                return self._grown(change)
+            case "ends":
+                return self._ended(change.run)
+
+    def _opened(self, run: Run) -> bytes:
+        item = self._item(run, "in_progress", opens=True)
+        added = self._event("response.output_item.added", output_index=run.index, item=item)
         if run.kind == "call":
-            done["name"] = run.name
+            return added
+        part = self._part(run)
+        return added + self._event("response.content_part.added", **self._place(run), part=part)
+
+    def _grown(self, change: Change) -> bytes:
+        run = change.run
+        if run.kind == "content" and not change.entries:  # the usual case
+            number = self._num_events
+            self._num_events += 1
+            item_id = self._item_id(run).encode()
+            return _TEXT_DELTA % (number, item_id, run.index, quote(change.text))
+        more: dict[str, Any] = {"delta": change.text}
+        if run.kind == "content":
+            more["logprobs"] = self._logprobs(change.entries)
+        return self._event(f"{_DELTAS[run.kind]}.delta", **self._place(run), **more)
+
+    def _ended(self, run: Run) -> bytes:
+        done: dict[str, Any] = {"text": run.text}
+        if run.kind == "call":
+            done = {"name": run.name, "arguments": run.text}
         if run.kind == "content":
             done["logprobs"] = self._logprobs(run.entries)
-        events = [self._event(f"{name}.done", **inner, **done)]
-        if with_part:
+        place = self._place(run)
+        events = self._event(f"{_DELTAS[run.kind]}.done", **place, **done)
+        if run.kind != "call":
             part = self._part(run)
-            events.append(self._event("response.content_part.done", **inner, part=part))
+            events += self._event("response.content_part.done", **place, part=part)
         item = self._item(run)
-        events.append(self._event("response.output_item.done", output_index=run.index, item=item))
-        return events
+        return events + self._event("response.output_item.done", output_index=run.index, item=item)
+
+    def _place(self, run: Run) -> dict[str, Any]:
+        """Where in the answer an event belongs; each item has one content at most."""
+        place: dict[str, Any] = {"item_id": self._item_id(run), "output_index": run.index}
+        return place if run.kind == "call" else {**place, "content_index": 0}
 
     def _item_id(self, run: Run) -> str:
         return f"{_PREFIXES[run.kind]}_{self._key}{run.index:04x}"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
 import httpx2
 import openai
 import pytest
@@ -84,7 +83,14 @@ def data_of(stream: bytes) -> list[Any]:
     return [json.loads(block.partition("\ndata: ")[2]) for block in blocks]
 
 
-EVENTS = {"content-type": "text/event-stream"}
+def http_of(stream: bytes) -> httpx2.Client:
+    """A client whose every answer is this stream."""
+    headers = {"content-type": "text/event-stream"}
+    return httpx2.Client(
+        transport=httpx2.MockTransport(
+            lambda _: httpx2.Response(200, content=stream, headers=headers)
+        )
+    )
 
 
 # -- responses
@@ -109,10 +115,10 @@ def test_case_232_response_stream(job: Job) -> None:
         (2, "function_call"),
         (3, "function_call"),
     ]
-    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=stream, headers=EVENTS))
-    http = httpx.Client(transport=transport)
     with (
-        openai.OpenAI(base_url="http://local/v1", api_key="x", http_client=http) as client,
+        openai.OpenAI(
+            base_url="http://local/v1", api_key="x", http_client=http_of(stream)
+        ) as client,
         client.responses.stream(model="tiny", input="hi") as running,
     ):
         final = running.get_final_response()
@@ -176,10 +182,10 @@ def test_case_230_message_stream(job: Job) -> None:
     events = data_of(stream)
     for event in events:
         adapter.validate_python(event)
-    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, content=stream, headers=EVENTS))
-    http = httpx2.Client(transport=transport)
     with (
-        anthropic.Anthropic(base_url="http://local", api_key="x", http_client=http) as client,
+        anthropic.Anthropic(
+            base_url="http://local", api_key="x", http_client=http_of(stream)
+        ) as client,
         client.messages.stream(model="tiny", max_tokens=9, messages=[]) as running,
     ):
         final = running.get_final_message()
