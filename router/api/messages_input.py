@@ -79,6 +79,8 @@ def _messages(request: MessagesRequest) -> list[ChatMessage]:
     for i, message in enumerate(request.messages):
         _add_message(turns, message, f"messages[{i}]")
     messages = turns.messages
+    if not messages:
+        raise BadRequest("'messages' holds nothing that can be answered.", param="messages")
     if messages[-1].tool_calls:
         raise BadRequest(
             "The last message calls a tool: its 'tool_result' must follow.", param="messages"

@@ -117,7 +117,10 @@ def _messages(request: ResponsesRequest) -> list[ChatMessage]:
             _add_item(turns, item, f"input[{i}]")
     else:
         raise BadRequest("'input' is required.", param="input")
-    return turns.messages
+    messages = turns.messages
+    if not messages:
+        raise BadRequest("'input' holds nothing that can be answered.", param="input")
+    return messages
 
 
 def _add_item(turns: Turns, item: InputItem, place: str) -> None:

@@ -46,3 +46,13 @@ def test_retry_after_is_at_least_one() -> None:
 def test_bodies_stay_small() -> None:
     body = errors.error_body(errors.BadRequest("🦀" * 100_000))[2]
     assert len(json.dumps(body, ensure_ascii=False).encode()) < 8192
+
+
+@pytest.mark.parametrize(("error", "status", "_code"), CASES)
+def test_anthropic_s_form(error: errors.RequestError, status: int, _code: str) -> None:
+    body = errors.anthropic_error(error, "req-1")
+    assert (body["type"], body["request_id"]) == ("error", "req-1")
+    assert body["error"]["message"] == error.message
+    kinds = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
+    assert body["error"]["type"] == kinds.get(status, body["error"]["type"])
+    assert (body["error"]["type"] == "api_error") == (status in (499, 500))

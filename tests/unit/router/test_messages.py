@@ -279,6 +279,7 @@ def test_blocks_become_messages() -> None:
             "messages[0].content[0].content",
         ),
         ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "assistant", "content": [{"type": "redacted_thinking"}]}], "messages"),
         (
             [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f"}]}],
             "messages[0].content[0].input",

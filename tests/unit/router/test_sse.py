@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.api.sse import DONE, PING, ChunkTemplate, EventStream, error_event, quote
+from router.api.sse import DONE, PING, ChunkTemplate, EventStream, error_event, named_event, quote
 
 HEAD = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": 'm"é', "n": None}
 
@@ -59,6 +59,15 @@ def test_usage_chunk_has_no_choices() -> None:
 def test_error_event_and_end() -> None:
     assert decoded(error_event({"error": {"message": "no"}})) == {"error": {"message": "no"}}
     assert (DONE, PING) == (b"data: [DONE]\n\n", b": ping\n\n")
+
+
+@given(text=st.text())
+def test_named_event(text: str) -> None:
+    text = text.encode(errors="replace").decode()
+    event = named_event("a.b", {"type": "a.b", "text": text})
+    name, data, *rest = event.decode().splitlines()  # also NEL, LS and PS end lines there
+    assert (name, rest) == ("event: a.b", [""])
+    assert json.loads(data.removeprefix("data: ")) == {"type": "a.b", "text": text}
 
 
 async def test_headers_forbid_buffering() -> None:
