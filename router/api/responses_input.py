@@ -22,6 +22,10 @@ from router.errors import BadRequest
 ROLES: Final = ("user", "assistant", "system", "developer")
 LOGPROBS: Final = "message.output_text.logprobs"  # of `include`; its other values ask for nothing
 MAX_ITEMS: Final = 8192
+# Of what is only given back: pairs of metadata, characters of their keys and of other texts.
+MAX_PAIRS: Final = 16
+MAX_KEY_CHARS: Final = 64
+MAX_ECHO_CHARS: Final = 512
 
 # How a chat's fields are called here.
 NAMES: Final = FieldNames(
@@ -41,6 +45,7 @@ _TEXT_PARTS: Final = ("input_text", "output_text", "text", "reasoning_text", "su
 def chat_of(request: ResponsesRequest) -> ChatRequest:
     """The same request as a chat. Raises BadRequest."""
     _refuse_state(request)
+    _check_echoes(request)
     for name in ("n", "best_of"):
         if getattr(request, name) not in (None, 1):
             raise BadRequest(f"'{name}' is not supported: a response is one answer.", param=name)
@@ -98,6 +103,21 @@ def _refuse_state(request: ResponsesRequest) -> None:
             param="background",
             code="unsupported_parameter",
         )
+
+
+def _check_echoes(request: ResponsesRequest) -> None:
+    metadata = request.metadata or {}
+    if len(metadata) > MAX_PAIRS or any(
+        len(key) > MAX_KEY_CHARS or len(value) > MAX_ECHO_CHARS for key, value in metadata.items()
+    ):
+        raise BadRequest(
+            f"'metadata' may hold {MAX_PAIRS} pairs, keys of {MAX_KEY_CHARS} and values of "
+            f"{MAX_ECHO_CHARS} characters.",
+            param="metadata",
+        )
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        if len(getattr(request, name) or "") > MAX_ECHO_CHARS:
+            raise BadRequest(f"'{name}' may have at most {MAX_ECHO_CHARS} characters.", param=name)
 
 
 # -- input

@@ -332,6 +332,13 @@ def test_what_needs_memory_is_refused(field: str, value: Any) -> None:
     assert "keeps nothing" in error.message
 
 
+def test_what_is_only_given_back_is_bounded() -> None:
+    for metadata in ({"k" * 65: "v"}, {"k": "v" * 513}, {str(i): "v" for i in range(17)}):
+        assert refused(metadata=metadata).param == "metadata"
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        assert refused(**{name: "x" * 513}).param == name
+
+
 def test_tools_and_choices() -> None:
     tools = [
         {"type": "function", "name": name, "parameters": {"type": "object"}, "strict": True}
