@@ -133,8 +133,7 @@ def _block(run: Run) -> dict[str, Any]:
         case "reasoning":  # nothing here is signed; the member must be there
             return {"type": "thinking", "thinking": run.text, "signature": ""}
         case "call":
-            id = "toolu_" + run.id.removeprefix("call_")
-            return {"type": "tool_use", "id": id, "name": run.name, "input": _input(run.text)}
+            return {"type": "tool_use", "id": run.id, "name": run.name, "input": _input(run.text)}
 
 
 def _input(arguments: str) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """From the body of POST /v1/responses to a chat request.
 
-Owns what becomes of each kind of item, tool and option. Must not know templates, engines or HTTP.
-Items and tools that OpenAI's own servers would act on are refused by name.
+Owns what becomes of each kind of item and option; tools and their choice are read as a chat's, in
+either form. Must not know templates, engines or HTTP. Items that OpenAI's own servers would act on
+are refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -35,8 +35,6 @@ NAMES: Final = FieldNames(
         (r"response_format\.json_schema", "text.format"),
         (r"response_format", "text.format"),
         (r"reasoning_effort", "reasoning.effort"),
-        (r"tools\[(\d+)\]\.function", r"tools[\1]"),
-        (r"tool_choice\.function", "tool_choice"),
     ]
 )
 _TEXT_PARTS: Final = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -52,7 +50,6 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
     if request.truncation not in (None, "auto", "disabled"):
         raise BadRequest("'truncation' must be 'auto' or 'disabled'.", param="truncation")
     with_logprobs = wants_logprobs(request)
-    tools, choice = _tools(request)
     fields = {
         field.name: getattr(request, field.name)
         for field in msgspec.structs.fields(GenerationRequest)
@@ -60,8 +57,6 @@ def chat_of(request: ResponsesRequest) -> ChatRequest:
     fields |= {
         "messages": _messages(request),
         "max_completion_tokens": request.max_output_tokens,
-        "tools": tools,
-        "tool_choice": choice,
         "parallel_tool_calls": request.parallel_tool_calls,
         "logprobs": with_logprobs,
         "top_logprobs": request.top_logprobs if with_logprobs else None,
@@ -190,61 +185,6 @@ def _texts(content: Any, place: str) -> list[str]:
         else:
             raise unsupported("Content parts", part.type, f"{place}[{i}].type")
     return texts
-
-
-# -- tools and format
-
-
-def _tools(request: ResponsesRequest) -> tuple[list[Any] | None, Any]:
-    """Tools and choice in a chat's form, the tools cut down to the allowed ones."""
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or [])]
-    choice = request.tool_choice
-    if not isinstance(choice, dict):
-        return tools or None, choice
-    given: Mapping[str, Any] = choice
-    kind = given.get("type")
-    if kind == "function":
-        return tools, {"type": "function", "function": {"name": given.get("name")}}
-    if kind != "allowed_tools":
-        raise unsupported("Tool choices", kind, "tool_choice.type")
-    mode = given.get("mode", "auto")
-    if mode not in ("auto", "required"):
-        raise BadRequest(
-            "'tool_choice.mode' must be 'auto' or 'required'.", param="tool_choice.mode"
-        )
-    return _allowed(tools, given.get("tools")), mode
-
-
-def _allowed(tools: list[Any], wanted: Any) -> list[Any]:
-    names = [tool["function"].get("name") for tool in tools]
-    allowed = [entry.get("name") for entry in _objects(wanted, "tool_choice.tools")]
-    if not allowed or not all(isinstance(name, str) and name in names for name in allowed):
-        raise BadRequest(
-            "'tool_choice.tools' must name some of the functions in 'tools'.",
-            param="tool_choice.tools",
-        )
-    return [tool for tool in tools if tool["function"].get("name") in allowed]
-
-
-def _objects(value: Any, place: str) -> list[dict[str, Any]]:
-    try:
-        return msgspec.convert(value, list[dict[str, Any]])
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"'{place}' must be a list of objects.", param=place) from error
-
-
-def _tool(tool: Any, place: str) -> dict[str, Any]:
-    """One tool in a chat's form. What it holds is checked there."""
-    if not isinstance(tool, dict):
-        raise BadRequest(f"'{place}' must be an object.", param=place)
-    given: Mapping[str, Any] = tool
-    kind = given.get("type")
-    if kind != "function":
-        raise unsupported("Tools", kind, f"{place}.type")
-    function = {
-        key: given[key] for key in ("name", "description", "parameters", "strict") if key in given
-    }
-    return {"type": "function", "function": function}
 
 
 def _response_format(form: dict[str, Any]) -> dict[str, Any]:

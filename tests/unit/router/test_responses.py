@@ -339,39 +339,6 @@ def test_what_is_only_given_back_is_bounded() -> None:
         assert refused(**{name: "x" * 513}).param == name
 
 
-def test_tools_and_choices() -> None:
-    tools = [
-        {"type": "function", "name": name, "parameters": {"type": "object"}, "strict": True}
-        for name in ("f", "g")
-    ]
-    chat = chat_from(input="hi", tools=tools, tool_choice={"type": "function", "name": "g"})
-    assert chat.tools == [
-        {
-            "type": "function",
-            "function": {"name": name, "parameters": {"type": "object"}, "strict": True},
-        }
-        for name in ("f", "g")
-    ]
-    assert chat.tool_choice == {"type": "function", "function": {"name": "g"}}
-    allowed = {
-        "type": "allowed_tools",
-        "mode": "required",
-        "tools": [{"type": "function", "name": "g"}],
-    }
-    chat = chat_from(input="hi", tools=tools, tool_choice=allowed, parallel_tool_calls=False)
-    assert chat.tools is not None
-    assert [tool["function"]["name"] for tool in chat.tools] == ["g"]
-    assert (chat.tool_choice, chat.parallel_tool_calls) == ("required", False)
-    assert refused(tools=[{"type": "web_search"}]).param == "tools[0].type"
-    assert "web_search" in refused(tools=[{"type": "web_search"}]).message
-    assert refused(tools=tools, tool_choice={"type": "mcp"}).param == "tool_choice.type"
-    for names in ([], ["h"], [None], [[]]):
-        choice = {"type": "allowed_tools", "tools": [{"name": name} for name in names]}
-        assert refused(tools=tools, tool_choice=choice).param == "tool_choice.tools"
-    choice = {"type": "allowed_tools", "mode": "x", "tools": []}
-    assert refused(tools=tools, tool_choice=choice).param == "tool_choice.mode"
-
-
 def test_format_effort_and_extras() -> None:
     form = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     chat = chat_from(input="hi", text={"format": form}, reasoning={"effort": "low"}, top_k=3)
@@ -393,7 +360,6 @@ def test_format_effort_and_extras() -> None:
         ("messages[3].content", "input"),
         ("response_format.json_schema.schema", "text.format.schema"),
         ("response_format.type", "text.format.type"),
-        ("tools[2].function.name", "tools[2].name"),
         ("tools[2].type", "tools[2].type"),
         ("max_completion_tokens", "max_output_tokens"),
         ("max_completion_tokens_x", "max_completion_tokens_x"),

@@ -194,8 +194,8 @@ def test_case_230_message_stream(job: Job) -> None:
     assert [block["type"] for block in blocks] == ["thinking", "text", "tool_use", "tool_use"]
     assert (blocks[0]["thinking"], blocks[1]["text"]) == ("why", "42")
     assert [(b["id"], b["name"], b["input"]) for b in blocks[2:]] == [
-        ("toolu_0123", "f", {"a": [1]}),
-        ("toolu_4567", "g", {}),
+        ("call_0123", "f", {"a": [1]}),
+        ("call_4567", "g", {}),
     ]
     partial = [e["delta"] for e in events if e["type"] == "content_block_delta" and e["index"] == 2]
     assert "".join(delta["partial_json"] for delta in partial) == '{"a": [1]}'
