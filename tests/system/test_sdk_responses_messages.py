@@ -6,7 +6,9 @@ Numbers in test names are cases of the project's API corpus.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -16,15 +18,18 @@ import pytest
 from pydantic import BaseModel
 
 from tests.serving import Server, serve
-from tools.tiny_model import write_tiny_model
+from tools.tiny_model import CHAT_TEMPLATE, write_tiny_model
 
 MODEL = "tiny"
 KEY = "secret-key"
 TEXT = "sun ☀️ and 😊 你好"
+CALL = '<tool_call>\n{"name": "City", "arguments": {"city": "Paris", "people": 2}}\n</tool_call>'
 SCRIPT: dict[str, Any] = {
     "rules": [
         {"match": {"contains": "fails"}, "reply": "abc" * 20, "finish": "error", "detail": "inner"},
         {"match": {"contains": "as json"}, "reply": '{"city":"Paris","people":2}'},
+        {"match": {"contains": "sunny"}, "reply": TEXT},
+        {"match": {"contains": "look"}, "reply": f"<think>hm</think>I see.{CALL}"},
         {"match": "*", "reply": TEXT},
     ]
 }
@@ -35,9 +40,18 @@ class City(BaseModel):
     people: int
 
 
+def thinking_model(folder: Path) -> Path:
+    """A tiny model whose template knows thinking."""
+    settings = write_tiny_model(folder) / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    content["chat_template"] = CHAT_TEMPLATE + "{% if false %}<think>{% endif %}"
+    settings.write_text(json.dumps(content))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = write_tiny_model(tmp_path_factory.mktemp("models") / MODEL)
+    folder = thinking_model(tmp_path_factory.mktemp("models") / MODEL)
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"{KEY}\n")
     with serve(
@@ -99,6 +113,22 @@ def test_responses_parse(client: openai.OpenAI) -> None:
     assert final.output_parsed == City(city="Paris", people=2)
 
 
+def test_responses_tools_and_thinking_232(client: openai.OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(City)]
+    with client.responses.stream(model=MODEL, input="look", tools=tools) as stream:
+        final = stream.get_final_response()
+    assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+    assert final.output_text == "I see."
+    called = final.output[-1]
+    assert called.type == "function_call"
+    assert called.parsed_arguments == City(city="Paris", people=2)
+    history: list[Any] = [*user("look"), *(item.to_dict() for item in final.output)]
+    for item in history:
+        item.pop("parsed_arguments", None)
+    history.append({"type": "function_call_output", "call_id": called.call_id, "output": "sunny"})
+    assert client.responses.create(model=MODEL, input=history).output_text == TEXT
+
+
 def test_responses_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(model=MODEL, input="hi", previous_response_id="resp_1")
@@ -143,6 +173,32 @@ def test_messages_stream_229(claude: anthropic.Anthropic) -> None:
     counted = claude.messages.count_tokens(model=MODEL, messages=user("hi"))
     assert final.usage.input_tokens == counted.input_tokens
     assert final.usage.output_tokens == len(TEXT.encode()) + 1
+
+
+def test_messages_tools_and_thinking_230(claude: anthropic.Anthropic) -> None:
+    tools: list[Any] = [{"name": "City", "input_schema": City.model_json_schema()}]
+    with claude.messages.stream(
+        model=MODEL, max_tokens=200, messages=user("look"), tools=tools
+    ) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert "input_json" in kinds
+    assert "thinking" in kinds
+    assert final.stop_reason == "tool_use"
+    assert [block.type for block in final.content] == ["thinking", "text", "tool_use"]
+    called = final.content[-1]
+    assert called.type == "tool_use"
+    assert called.input == {"city": "Paris", "people": 2}
+    history: list[Any] = [
+        *user("look"),
+        {"role": "assistant", "content": [block.to_dict() for block in final.content]},
+        {
+            "role": "user",
+            "content": [{"type": "tool_result", "tool_use_id": called.id, "content": "sunny"}],
+        },
+    ]
+    answer = claude.messages.create(model=MODEL, max_tokens=200, messages=history, tools=tools)
+    assert answer.content[0].to_dict() == {"type": "text", "text": TEXT}
 
 
 def test_messages_errors_237(claude: anthropic.Anthropic, server: Server) -> None:
