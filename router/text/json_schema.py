@@ -20,6 +20,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 from router.errors import GrammarError
+from router.text.disjoint import disjoint
 from router.text.patterns import pattern_fault
 from router.text.productive import all_productive
 
@@ -197,15 +198,16 @@ class _Reader:
         above = (self._step(path, end) for end in range(1, len(path)))
         if any(isinstance(node.get("$id"), str) for node in above):
             raise _wrong(path, "cannot be used within a part that has its own '$id'")
-        pointer = urllib.parse.unquote(value[2:]) if len(value) > 1 else None
-        segments = () if pointer is None else tuple(map(_unescaped, pointer.split("/")))
-        out["$ref"] = f"#/$defs/{self._target(segments, path)}"
+        out["$ref"] = f"#/$defs/{self._target(_segments(value), path)}"
 
     def read_schemas(self, value: Any, path: Path, depth: int, out: dict[str, Any]) -> None:
         if not isinstance(value, list) or not value:
             raise _wrong(path, "must be a list of schemas, with at least one")
         parts = [self._schema(item, (*path, str(i)), depth + 1) for i, item in enumerate(value)]
-        out.setdefault(path[-1], []).extend(parts)  # `allOf` may have got some of ours already
+        name = path[-1]
+        if name == "oneOf" and "anyOf" not in self._step(path, len(path) - 1):
+            name = "anyOf" if disjoint(value, self._resolved) else name
+        out.setdefault(name, []).extend(parts)  # `allOf` may have got some of ours already
 
     def read_members(self, value: Any, path: Path, depth: int, out: dict[str, Any]) -> None:
         members = _mapping(value, path)
@@ -325,6 +327,15 @@ class _Reader:
                 return None
         return node
 
+    def _resolved(self, schema: Any) -> Any:
+        """What a schema refers to in the end; itself if nothing, or if that is not clear."""
+        for _ in range(MAX_DEPTH):
+            reference = schema.get("$ref") if isinstance(schema, dict) else None
+            if not isinstance(reference, str) or not reference.startswith("#/"):
+                return schema
+            schema = self._find(_segments(reference))
+        return None
+
     def _step(self, path: Path, end: int) -> dict[str, Any]:
         node = self._find(path[:end])
         return node if isinstance(node, dict) else {}
@@ -440,8 +451,12 @@ def _check_depth(value: object, levels: int) -> None:
     raise GrammarError("The schema is nested too deeply.")
 
 
-def _unescaped(segment: str) -> str:
-    return segment.replace("~1", "/").replace("~0", "~")
+def _segments(reference: str) -> Path:
+    """The path that `#` or `#/...` points to."""
+    if reference == "#":
+        return ()
+    segments = urllib.parse.unquote(reference[2:]).split("/")
+    return tuple(segment.replace("~1", "/").replace("~0", "~") for segment in segments)
 
 
 def _exponent(number: Decimal) -> int:

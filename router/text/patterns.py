@@ -21,6 +21,8 @@ def pattern_fault(pattern: str) -> str | None:
         return f"is longer than {MAX_CHARS} characters"
     if any("\ud800" <= char <= "\udfff" for char in pattern):
         return "is not valid Unicode"
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        return "ends in a backslash"
     if repeated_size(pattern) > MAX_REPEATED:
         return "repeats too much to be enforced"
     return None
@@ -62,7 +64,8 @@ def _class_end(pattern: str, start: int) -> int:
     at = start + 1
     if pattern[at : at + 1] == "^":
         at += 1
-    at += 1  # a first `]` is a member
+    if pattern[at : at + 1] == "]":  # a member where it comes first
+        at += 1
     while at < len(pattern) and pattern[at] != "]":
         at += 2 if pattern[at] == "\\" else 1
     return min(at, len(pattern) - 1)
