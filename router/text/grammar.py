@@ -46,6 +46,7 @@ _REASONS: Final = (
     ("backreferences", "has a back reference, which cannot be enforced"),
     ("invalid regex", "has an invalid regular expression"),
     ("regex parse error", "is not a valid regular expression"),
+    ("circular references", "has other keywords beside a '$ref' that leads back to them"),
     ("oneOf constraints", "has a 'oneOf' whose parts can hold at once; use 'anyOf'"),
     ("min/maxProperties", "has 'minProperties' or 'maxProperties' beside optional 'properties'"),
     ("not disjoint", "has 'patternProperties' whose patterns can match the same name"),
@@ -122,7 +123,7 @@ def lark_grammar(text: str) -> str:
     """A grammar in Lark's form, or in GBNF (which has `::=`). Raises GrammarError."""
     lark = as_lark(text)
     check_lark(lark)
-    reason = _fault(lark)
+    reason = _fault(lark, initial_lexer_fuel=100_000)  # terminals that double: a second per million
     if reason is not None:
         raise GrammarError(f"The grammar {reason}.")
     return lark
@@ -165,11 +166,11 @@ def _regex_to_lark(pattern: str) -> str:
     return regex_to_lark(pattern, "dw")
 
 
-def _fault(grammar: str) -> str | None:
-    """Why it cannot be enforced, as the rest of a sentence."""
+def _fault(grammar: str, **bounds: Any) -> str | None:
+    """Why it cannot be enforced, as the rest of a sentence. `bounds` instead of some limits."""
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(**_LIMITS)
+    limits = LLParserLimits(**{**_LIMITS, **bounds})
     _, complaints = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
     if complaints:
         return _reason(complaints[0])
