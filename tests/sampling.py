@@ -75,3 +75,9 @@ class Sampler:
         assert not matcher.is_error(), matcher.get_error()
         data = text.encode() if isinstance(text, str) else text
         return matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
+
+    def begins(self, grammar: str, text: bytes) -> bool:
+        """Whether the text is a beginning of one that follows the grammar."""
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher.try_consume_tokens(list(text)) == len(text)
