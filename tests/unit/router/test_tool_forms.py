@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 
 from router.arguments import HELP
 from router.errors import BadRequest
+from router.text.grammar import after_thinking
 from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.scanner import Scanner, ThinkingRule
 from router.text.served import ServedModel
