@@ -45,8 +45,8 @@ HELP: Final = {
     "chat-format": "how conversations are written, in place of the model's template: chatglm2, "
     "chatglm3, glm-4, vicuna_v1.1, llama-2, mistral, chatml, llama-3, gemma, phi-3, zephyr",
     "chat-template": "the same as a file with a jinja template",
-    "tool-parser": "how the model writes tool calls: hermes, qwen3-coder, glm-4.5, llama-3, "
-    "mistral, mistral-args, chatglm3, glm-4 (default: as its chat template says)",
+    "tool-parser": "how the model writes tool calls: hermes, qwen3-coder, glm-4.5, granite, "
+    "llama-3, mistral, mistral-args, chatglm3, glm-4 (default: as its chat template says)",
     "reasoning-parser": "how it marks its thinking: think, seed-think, mistral-think, or none "
     "(default: as its chat template says)",
     "load-format": "auto, or dummy for random weights of the model's shape",

@@ -59,10 +59,8 @@ def read_tagged(sink: CallSink) -> Reading[bool]:
         pairs.add(key, _json(value) if sink.takes_text(name, key) else _json_of_text(value))
     if (yield from window.peek()):  # else it was cut
         pairs.close()
-    if not sink.done:
-        for tag in ("</function>", "</tool_call>"):
-            yield from window.skip()
-            yield from window.accept(tag)
+    if within and not sink.done:
+        yield from window.accept("</function>")
     return True
 
 

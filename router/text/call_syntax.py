@@ -29,31 +29,34 @@ _NAME_END: Final = re.compile(r"[^a-zA-Z0-9_.\-]")
 class TaggedCalls:
     """`<tool_call>{"name": …, "arguments": …}</tool_call>` (Hermes, Qwen).
 
-    Or pairs in tags: `<tool_call>name<arg_key>…` (GLM-4.5), `<tool_call><function=name>…`
-    (Qwen3-Coder).
+    Or a list of such objects (Granite, Phi-4), or pairs in tags: `<tool_call>name<arg_key>…`
+    (GLM-4.5), `<tool_call><function=name>…` (Qwen3-Coder).
     """
 
-    marks: ClassVar[tuple[str, ...]] = ("<tool_call>",)
+    marks: ClassVar[tuple[str, ...]] = ("<tool_call>", "<|tool_call|>")
+    turns: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[tuple[str, ...]] = (
         *marks,
-        "</tool_call>",
+        *("</tool_call>", "<|/tool_call|>"),
         *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     )
-    turns: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[bool] = False
 
-    def read(self, sink: CallSink, mark: str) -> Reading[bool]:  # noqa: ARG002 - there is one
+    def read(self, sink: CallSink, mark: str) -> Reading[bool]:
         """See `CallSyntax`."""
         window = sink.window
         first = yield from window.skip()
-        if first != "{":
-            return (yield from read_tagged(sink))
-        if not (yield from _read_object(sink)):
-            return False
-        if not sink.done:
+        if first == "[":
+            window.take(1)
+            found = yield from _read_list(sink)
+        elif first == "{":
+            found = yield from _read_object(sink)
+        else:
+            found = yield from read_tagged(sink)
+        if found and not sink.done:
             yield from window.skip(WHITE + "}]")  # a brace too many is common
-            yield from window.accept("</tool_call>")
-        return True
+            yield from window.accept("</tool_call>" if mark == "<tool_call>" else "<|/tool_call|>")
+        return found
 
 
 class JsonCalls:
@@ -99,32 +102,10 @@ class MarkedCalls:
         first = yield from window.skip()
         if first == "[":
             window.take(1)
-            return (yield from self._read_list(sink))
+            return (yield from _read_list(sink))
         if first == "{":
             return (yield from _read_object(sink))
         return (yield from self._read_named(sink))
-
-    @staticmethod
-    def _read_list(sink: CallSink) -> Reading[bool]:
-        window = sink.window
-        yield from window.skip()
-        if not (yield from _read_object(sink)):
-            return False
-        while not sink.done:
-            window.mark()
-            char = yield from window.skip()
-            if char == ",":
-                window.take(1)
-                yield from window.skip()
-                if (yield from _read_object(sink)):
-                    continue
-            elif char == "]":
-                window.take(1)
-                window.forget()
-                break
-            window.back()
-            break
-        return True
 
     @staticmethod
     def _read_named(sink: CallSink) -> Reading[bool]:
@@ -195,6 +176,29 @@ class LineCalls:
 
 
 # -- JSON
+
+
+def _read_list(sink: CallSink) -> Reading[bool]:
+    """Objects that are calls, behind the opening bracket of their list."""
+    window = sink.window
+    yield from window.skip()
+    if not (yield from _read_object(sink)):
+        return False
+    while not sink.done:
+        window.mark()
+        char = yield from window.skip()
+        if char == ",":
+            window.take(1)
+            yield from window.skip()
+            if (yield from _read_object(sink)):
+                continue
+        elif char == "]":
+            window.take(1)
+            window.forget()
+            break
+        window.back()
+        break
+    return True
 
 
 def _read_object(sink: CallSink, *, certain: bool = True) -> Reading[bool]:

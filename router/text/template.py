@@ -36,6 +36,8 @@ TOOL_TEMPLATE = "tool_use"  # the name under which a list of templates keeps the
 _SHORT_IDS = re.compile(r"length\s*!=\s*9\b")
 SHORT_ID_CHARS = 9
 
+_PROBE = "p5749308126"  # a text that no template has by itself
+
 # A variable of the request must not take the place of one of these.
 RESERVED = frozenset(
     (
@@ -77,7 +79,7 @@ class ChatTemplate:
         self._tool_program = _compiled(tool_source) if tool_source else self._program
         everything = source + (tool_source or "")
         self._knows_developer = "developer" in everything
-        self._knows_tools = bool(tool_source) or "tools" in source or "tool_calls" in source
+        self._knows_calls = "tool_calls" in everything
         self._short_ids = bool(_SHORT_IDS.search(everything))
         self.tool_parser = tool_form_in(everything) if self._knows_tools else DEFAULT_FORM
         self.reasoning_parser = thinking_in(everything)
@@ -106,9 +108,11 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other",
                 param="continue_final_message",
             )
-        if not self._knows_tools and (tools or any(map(_is_about_tools, messages))):
+        if tools and not self._knows_tools:
             messages = written_out(messages, tools, system=self._shows_system)
             tools = None
+        elif not self._knows_calls and any(map(_is_about_tools, messages)):
+            messages = written_out(messages, None, system=self._shows_system)
         marks = _Marks(tokenizer)
         prepared = [self._prepared(message) for message in messages]
         hidden = [marks.hide(message) for message in prepared]
@@ -136,14 +140,26 @@ class ChatTemplate:
         return tokenizer.encode_trusted(text, marks.hidden)
 
     @cached_property
+    def _knows_tools(self) -> bool:
+        """Tools stand in what it writes: some only mention them, or look for them elsewhere."""
+        if self._tool_program is not self._program:
+            return True
+        tool = {"name": _PROBE, "description": _PROBE, "parameters": {"type": "object"}}
+        return "tools" in self.source and self._shows(
+            [{"role": "user", "content": "?"}], [{"type": "function", "function": tool}]
+        )
+
+    @cached_property
     def _shows_system(self) -> bool:
         """A system message stands in what it writes: some refuse them, some leave them out."""
-        probe = "5749308126"
-        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "?"}]
-        variables = {"messages": messages, "tools": None, "documents": None}
+        system = {"role": "system", "content": _PROBE}
+        return self._shows([system, {"role": "user", "content": "?"}], None)
+
+    def _shows(self, messages: list[Message], tools: list[Message] | None) -> bool:
+        variables = {"messages": messages, "tools": tools, "documents": None}
         ends = {"add_generation_prompt": True, "bos_token": "", "eos_token": ""}
         try:
-            return probe in self._program.render({**variables, **ends})
+            return _PROBE in self._program.render({**variables, **ends})
         except _RENDER_ERRORS:
             return False
 

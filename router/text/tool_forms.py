@@ -237,6 +237,7 @@ _SHAPES: Final[dict[str, _Shape]] = {
     "hermes": _TAGGED,
     "qwen3-coder": _TAGGED,
     "glm-4.5": _TAGGED,
+    "granite": _Shape(TaggedCalls(), _OBJECT, ", ", ("<|tool_call|>", "["), ("]",)),
     "llama-3": _Shape(
         JsonCalls(), ('{"name": "', _TOOL, '", "parameters": ', _ARGUMENTS, "}"), between="; "
     ),
@@ -257,6 +258,7 @@ OTHER_NAMES: Final = {
     "qwen3_coder": "qwen3-coder",
     "qwen3_xml": "qwen3-coder",
     "glm45": "glm-4.5",
+    "phi4_mini_json": "granite",
 }
 DEFAULT_FORM: Final = "hermes"  # of models that were taught none
 
@@ -264,6 +266,7 @@ DEFAULT_FORM: Final = "hermes"  # of models that were taught none
 _MENTIONED: Final = (
     ("<arg_key>", "glm-4.5"),
     ("<function=", "qwen3-coder"),
+    ("<|tool_call|>", "granite"),
     ("<tool_call>", "hermes"),
     ("[ARGS]", "mistral-args"),
     ("[TOOL_CALLS]", "mistral"),

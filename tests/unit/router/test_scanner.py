@@ -176,6 +176,18 @@ def test_tags_around_pairs() -> None:
         assert whole(TAGGED, text) == [("content", text)]
 
 
+def test_tags_before_a_list() -> None:
+    """Granite and Phi-4."""
+    one = '{"name": "f", "arguments": {"a": 1}}'
+    expected = [*call("f", '{"a": 1}'), *call("f", '{"a": 1}', 1)]
+    assert whole(TAGGED, f"<|tool_call|>[{one}, {one}]<|/tool_call|>") == expected
+    assert whole(TAGGED, f"<tool_call>[{one},{one}]</tool_call>\nx") == [
+        *expected,
+        ("content", "x"),
+    ]
+    assert whole(TAGGED, "<|tool_call|>[1]") == [("content", "<|tool_call|>[1]")]
+
+
 JSON = rules(JsonCalls())
 
 
@@ -286,7 +298,17 @@ def test_slicing_never_matters(data: st.DataObject) -> None:
         st.lists(
             st.sampled_from(
                 [
-                    *("<think>", "</think>", "<tool_call>", "</tool_call>", "\n", " ", "x", "你"),
+                    *(
+                        "<|tool_call|>",
+                        "<think>",
+                        "</think>",
+                        "<tool_call>",
+                        "</tool_call>",
+                        "\n",
+                        " ",
+                        "x",
+                        "你",
+                    ),
                     *('{"name": "f", "arguments": {"a": "b"}}', '{"name": "f"', ', "parameters":'),
                     *("{", "}", '"', "\\", "[", "]", ",", ";", "<", "f\n", "get_weather", "null"),
                     *("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<|assistant|>"),

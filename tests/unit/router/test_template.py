@@ -358,6 +358,18 @@ def test_tools_are_written_out_for_templates_that_know_none(tokenizer: Tokenizer
     assert text_of(tokenizer, [user("q")]) == text_of(tokenizer, [user("q")], tools=[])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m['tools'] }}{{ m.content }}{% endfor %}",
+        "{% if tools %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_templates_that_only_mention_tools(tokenizer: Tokenizer, source: str) -> None:
+    assert text_of(tokenizer, [user("q")], source=source, tools=TOOLS).startswith("You may call")
+
+
 @pytest.mark.parametrize("start", ["raise_exception('no system role')", "messages[1].pop()"])
 def test_without_a_system_role_tools_stand_before_the_question(
     tokenizer: Tokenizer, start: str

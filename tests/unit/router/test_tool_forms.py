@@ -171,7 +171,7 @@ def test_nothing_but_bad_requests(raw: Any) -> None:
 # -- grammars, followed over a vocabulary of bytes
 
 
-MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+MARKS = ("<tool_call>", "<|tool_call|>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
 PIECES = [*(bytes([byte]) for byte in range(256)), *(mark.encode() for mark in MARKS), b"</s>"]
 EOS = len(PIECES) - 1
 IDS = {mark: 256 + i for i, mark in enumerate(MARKS)}
@@ -256,6 +256,28 @@ def test_grammars_keep_clients_from_their_options() -> None:
     assert error.value.message.startswith("'tools[1].function.parameters' cannot be enforced")
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_forced_call_after_thinking(vocabulary: LLTokenizer, *, marked: bool) -> None:
+    form = ToolForm("hermes", {word: IDS[word] for word in MARKS[::2][:2]} if marked else {})
+    choice = ToolChoice("required")
+    use = ToolUse(TOOLS, choice, parallel=False)
+    # a tag that random letters write now and then
+    thinking = ThinkingRule("~", "a", starts_open=True)
+    grammar = after_thinking(form.call_grammar(TOOLS, choice, False), thinking.close)
+    for seed in range(4):
+        ids = sample(vocabulary, grammar, seed)
+        text = b"".join(PIECES[i] for i in ids if i != EOS).decode()
+        scanner = Scanner(form.scan_rules(thinking, use))
+        kinds = [delta.kind for delta in [*scanner.push(text), *scanner.flush()]]
+        assert kinds[-2:] == ["call", "arguments"]
+        assert set(kinds[:-2]) <= {"reasoning"}
+
+
+def test_many_tools() -> None:
+    tools = tuple(Tool(f"f{i}", "d", CITY) for i in range(128))
+    assert ToolForm().call_grammar(tools, ToolChoice("required"), True).count("%json") == 128
+
+
 def test_scan_rules() -> None:
     form, thinking = ToolForm("mistral"), ThinkingRule()
     assert form.scan_rules(thinking, None).syntax is None
@@ -276,6 +298,7 @@ def test_scan_rules() -> None:
         ("<tool_call>{{ call }}</tool_call>", "hermes"),
         ("<tool_call>\n<function=name>", "qwen3-coder"),
         ("<tool_call>{{ name }}<arg_key>", "glm-4.5"),
+        ("<|tool_call|>", "granite"),
         ("[TOOL_CALLS] [", "mistral"),
         ("[TOOL_CALLS]{{ name }}[ARGS]", "mistral-args"),
         ('Respond in the format {"name": function name, "parameters": dictionary', "llama-3"),
