@@ -7,6 +7,7 @@ takes of those logits, or tie with it. So one near-tie excuses one token, not th
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +24,21 @@ from engine.device.build import Device
 from engine.device.kv import KvCache
 from engine.device.sampling import SlotSampling, edit_logits, exponentials, noise_key, sample
 from engine.device.weights import open_model
+from engine.grammar import StepMasks
 from engine.models.base import Model, ModelShape
 from engine.models.registry import build_decoder, read_spec, shape_of, weight_names_of
 from engine.plan import Admit, Row, StepPlan
 from engine.protocol import Sampling, Submit, unpack_floats, unpack_tokens
 from tests.decoding import float32_target
 from tests.generation import GREEDY, Driver, Generated, device_of
-from tools.tiny_model import VOCAB_SIZE, TinySpec, write_tiny_model
+from tests.grammars import ANY_DIGITS, DIGITS, PEOPLE, byte_grammars, byte_vocabulary, json_grammar
+from tools.tiny_model import (
+    EOS_ID,
+    VOCAB_SIZE,
+    TinySpec,
+    decode_tokens,
+    write_tiny_model,
+)
 
 DEVICE = "cuda:0"
 
@@ -329,6 +338,19 @@ def mixed_plans(sampling: Sampling) -> list[StepPlan]:
     return _plans(sampling, chunk=33)
 
 
+def masked_plans(sampling: Sampling) -> list[StepPlan]:
+    """The same, where two of the sequences that decode have a grammar."""
+
+    def masks() -> StepMasks:
+        matchers = [byte_grammars().matcher(grammar, [], (), 0) for grammar in (DIGITS, ANY_DIGITS)]
+        return StepMasks([1, 4], matchers)
+
+    return [
+        plan._replace(masks=masks()) if len(plan.rows) > ROWS else plan
+        for plan in mixed_plans(sampling)
+    ]
+
+
 def _plans(sampling: Sampling, chunk: int) -> list[StepPlan]:
     each = -(-(CONTEXT + STEPS + 1) // BLOCK)
     tokens = [16 + (7 * i) % 250 for i in range(CONTEXT)]
@@ -383,7 +405,7 @@ def busy_device(tmp_path_factory: pytest.TempPathFactory) -> Device:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("make_plans", [decode_plans, mixed_plans])
+@pytest.mark.parametrize("make_plans", [decode_plans, mixed_plans, masked_plans])
 @pytest.mark.parametrize("kind", SAMPLINGS)
 def test_launch_neither_waits_nor_allocates(
     busy_device: Device, kind: str, make_plans: Callable[[Sampling], list[StepPlan]]
@@ -435,3 +457,41 @@ def test_answers_are_the_same_again(busy_device: Device) -> None:
     driver = Driver(busy_device, prefix_cache=False)
     answers = driver.run([driver.submit(prompt, 20, sampling) for sampling in unlike], 1)
     assert len({tuple(result.tokens) for result in answers}) == len(unlike)
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_answers_follow_their_grammars(busy_device: Device, overlap: int) -> None:
+    """Beside others, which are what they are without them; some are preempted on the way."""
+    compact = json_grammar(PEOPLE | {"x-guidance": {"whitespace_flexible": False}})
+    rnd = random.Random(13)
+    prompts = [[rnd.randrange(16, VOCAB_SIZE) for _ in range(12)] for _ in range(60)]
+
+    def run(grammar: str, **options: Any) -> list[Generated]:
+        driver = Driver(busy_device, prefix_cache=False, step_tokens=64, **options)
+        driver.learn(byte_vocabulary(0))
+        submits = [
+            driver.submit(
+                prompt, 110, Sampling(temperature=1.0, seed=number),
+                stop_ids=(EOS_ID,), grammar=grammar if number % 2 else "",
+            )
+            for number, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        results = driver.run(submits, overlap)
+        assert driver.stats.preemptions > 0
+        return results
+
+    bound = run(compact, num_blocks=TIGHT_BLOCKS)
+    ended = [result for result in bound[1::2] if result.finish and result.finish.reason == "stop"]
+    assert len(ended) > len(prompts) // 3  # the others met the limit of the length
+    for result in ended:
+        answer = json.loads(decode_tokens(result.tokens))
+        assert list(answer) == ["name", "age", "tags"]
+        assert len(answer["name"]) <= 12
+        assert 0 <= answer["age"] <= 150
+        assert set(answer["tags"]) <= {"new", "old"}
+    for result in bound[1::2]:
+        assert result.finish is not None
+        assert result.finish.reason in ("stop", "length")
+    free = run("", num_blocks=TIGHT_BLOCKS)
+    same = sum(a.tokens == b.tokens for a, b in zip(bound[::2], free[::2], strict=True))
+    assert same >= len(prompts) // 2 - 2  # float16: the company of a row may round a near tie
