@@ -460,14 +460,18 @@ def test_answers_are_the_same_again(busy_device: Device) -> None:
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
-def test_answers_follow_their_grammars(busy_device: Device, overlap: int) -> None:
+def test_answers_follow_their_grammars(tmp_path: Path, overlap: int) -> None:
     """Beside others, which are what they are without them; some are preempted on the way."""
+    folder = write_tiny_model(tmp_path, TinySpec(max_len=MAX_LEN))
+    # In float16 the company of a row would round a near tie now and then.
+    options = {"device": DEVICE, "dtype": "float32", "max_len": MAX_LEN, "block_size": BLOCK}
+    served = device_of(folder, **options, max_batch=MAX_BATCH, num_blocks=256)
     compact = json_grammar(PEOPLE | {"x-guidance": {"whitespace_flexible": False}})
     rnd = random.Random(13)
     prompts = [[rnd.randrange(16, VOCAB_SIZE) for _ in range(12)] for _ in range(60)]
 
-    def run(grammar: str, **options: Any) -> list[Generated]:
-        driver = Driver(busy_device, prefix_cache=False, step_tokens=64, **options)
+    def run(grammar: str) -> list[Generated]:
+        driver = Driver(served, prefix_cache=False, step_tokens=64, num_blocks=TIGHT_BLOCKS)
         driver.learn(byte_vocabulary(0))
         submits = [
             driver.submit(
@@ -480,7 +484,7 @@ def test_answers_follow_their_grammars(busy_device: Device, overlap: int) -> Non
         assert driver.stats.preemptions > 0
         return results
 
-    bound = run(compact, num_blocks=TIGHT_BLOCKS)
+    bound = run(compact)
     ended = [result for result in bound[1::2] if result.finish and result.finish.reason == "stop"]
     assert len(ended) > len(prompts) // 3  # the others met the limit of the length
     for result in ended:
@@ -492,6 +496,6 @@ def test_answers_follow_their_grammars(busy_device: Device, overlap: int) -> Non
     for result in bound[1::2]:
         assert result.finish is not None
         assert result.finish.reason in ("stop", "length")
-    free = run("", num_blocks=TIGHT_BLOCKS)
+    free = run("")
     same = sum(a.tokens == b.tokens for a, b in zip(bound[::2], free[::2], strict=True))
-    assert same >= len(prompts) // 2 - 2  # float16: the company of a row may round a near tie
+    assert same >= len(prompts) // 2 - 1
