@@ -5,8 +5,7 @@ becomes an item of `receive`, so that the loop has a single wait and no callback
 the scheduler, the device or what the messages mean.
 
 No engine outlives its router by more than a second, and a step or a load may keep the process for
-longer: see `leave_with_parent`, which the kernel executes. There are no
-threads here.
+longer: see `leave_with_parent`, which the kernel executes. No threads here.
 """
 
 from __future__ import annotations
