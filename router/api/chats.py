@@ -85,7 +85,7 @@ class Chats:
         self, request: ChatRequest, model: ServedModel, use: ToolUse | None
     ) -> list[int]:
         """The ids of the conversation, not cut to the context. Raises BadRequest."""
-        shown = () if use is None else use.choice.callable(use.tools)
+        shown = () if use is None or use.choice.kind == "none" else use.tools
         return await self._generations.render(
             model,
             template_messages(request.messages),
@@ -115,8 +115,7 @@ class Chats:
             )
         thinking = rules.scan.thinking if rules.scan is not None else None
         if grammar and thinking is not None and thinking.starts_open:
-            close_id = model.tool_form.ids.get(thinking.close)
-            return after_thinking(grammar, thinking.close, close_id)
+            return after_thinking(grammar, thinking.close, model.control_id(thinking.close))
         return grammar
 
 

@@ -18,7 +18,7 @@ import msgspec
 from engine.protocol import Finish
 from router.streams import TokenLogprob
 from router.text.detokenizer import Detokenizer
-from router.text.scanner import Delta, Scanner, ScanRules
+from router.text.scanner import Delta, Scanner, ScanRules, merged
 from router.text.stops import StopMatcher, StopStrings
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -182,5 +182,5 @@ class ChoiceText:
             reason = "tool_calls"
         self.finish = reason
         text, self._shown = "".join(self._shown), []
-        deltas, self._deltas = self._deltas, []
+        deltas, self._deltas = merged(self._deltas), []
         return Piece(text, tokens, entries, reason, deltas, self._matched)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from engine.protocol import Finish
 from router.streams import TokenLogprob
 from router.text.assembly import ChoiceText, Piece, TextRules
+from router.text.scanner import ScanRules, ThinkingRule
 from router.text.stops import StopStrings
 
 # one token per byte; 256 is an end token, shown as nothing
@@ -147,3 +148,13 @@ def test_leading_space_is_dropped_once_when_asked() -> None:
     assert (
         text.push(list(b" a"), None, None).text + text.push(list(b" b"), None, None).text == "a b"
     )
+
+
+def test_a_bundle_of_tokens_gives_one_delta_of_a_kind_073() -> None:
+    scan = ScanRules(thinking=ThinkingRule(starts_open=True))
+    given_rules = TextRules(pieces=PIECES, stop_ids=frozenset((END,)), scan=scan)
+    text = ChoiceText(given_rules)
+    piece = text.push(list(b"hm, well</think>yes, so"), None, None)
+    assert [delta.kind for delta in piece.deltas] == ["reasoning", "content"]
+    assert [delta.text for delta in piece.deltas] == ["hm, well", "yes, so"]
+    assert text.num_reasoning_tokens == len(b"hm, well</think>")
