@@ -130,6 +130,11 @@ class Gate:
         """Numbers for metrics and the drain."""
         return GateView(self.model, len(self._waiters), self._used, self._permits())
 
+    @property
+    def is_free(self) -> bool:
+        """A newcomer gets a permit at once."""
+        return not self._line.size and self._used < self._permits()
+
     @asynccontextmanager
     async def permit(
         self, deadline_s: float | None = None, ask: Ask = ANYONE
@@ -180,7 +185,7 @@ class Gate:
     async def _acquire(self, ticket: Ticket, deadline_s: float | None) -> None:
         if self._closed is not None:
             raise Overloaded(self._closed)
-        if not self._line.size and self._used < self._permits():
+        if self.is_free:
             self._used += 1
             return
         self._make_room(ticket)
@@ -260,9 +265,11 @@ class Admission:
         ask: Ask = ANYONE,
     ) -> contextlib.AbstractAsyncContextManager[Permit]:
         """See `Gate.permit`. Raises KeyError for a model that is not served."""
-        gate = self._gates[model]
-        chosen = self._embedding_gates.get(model, gate) if ask.embeds else gate
-        return chosen.permit(deadline_s, ask)
+        return self._gate(model, ask).permit(deadline_s, ask)
+
+    def is_free(self, model: str, ask: Ask = ANYONE) -> bool:
+        """See `Gate.is_free`."""
+        return self._gate(model, ask).is_free
 
     def refresh(self, model: str) -> None:
         """A replica of `model` became ready."""
@@ -287,6 +294,10 @@ class Admission:
     def active(self) -> int:
         """Requests that hold a permit or wait for one."""
         return sum(view.used + view.waiting for view in self.views())
+
+    def _gate(self, model: str, ask: Ask) -> Gate:
+        gate = self._gates[model]
+        return self._embedding_gates.get(model, gate) if ask.embeds else gate
 
     def _of(self, model: str | None) -> list[Gate]:
         """The gates of one model, or of all."""

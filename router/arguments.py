@@ -64,6 +64,10 @@ HELP: Final = {
     "on-fatal": "exit or wait, when an engine fails for good",
     "insecure-no-auth": "allow other addresses than loopback without any key",
     "api-key-file": "file with API keys, one a line (or the variable ROUTER_API_KEY)",
+    "cors-origins": "web pages that may call this server, such as https://chat.example, or * "
+    "(default: none)",
+    "allowed-hosts": "names by which it may be called, * = any (default: localhost if it listens "
+    "on loopback and needs no key; addresses always may)",
 }
 
 # FastChat's flag -> (takes a value, our words; {} is the value). No words: not needed any more.

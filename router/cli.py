@@ -387,7 +387,7 @@ async def _run(
     lines: BackgroundLines,
 ) -> int:
     from router.admission import QueueBounds
-    from router.app import Parts, build_app
+    from router.app import Access, Parts, build_app
     from router.embed_flow import EmbedFlow
     from router.fleet import Fleet
     from router.flow import Flow
@@ -423,8 +423,8 @@ async def _run(
     )
     flow = Flow(fleet, admission, metrics, settings, time.monotonic)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
-    keys = config.http.api_keys
-    parts = Parts(served, flow, embed_flow, pool, metrics, life, keys)
+    access = Access(config.http.api_keys, config.http.cors_origins, config.http.allowed_hosts)
+    parts = Parts(served, flow, embed_flow, pool, metrics, life, access)
     try:
         return await life.run(
             build_app(parts),

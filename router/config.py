@@ -17,6 +17,7 @@ import msgspec
 
 from engine.config import DTypeName, LoadFormat, QuantName, RopeRule
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 DEMO_MODEL = "smollm2-135m"
 MIB = 1024 * 1024
 
@@ -71,6 +72,8 @@ class Options(
     on_fatal: Literal["exit", "wait"] = "exit"
     insecure_no_auth: bool = False
     api_key_file: str = ""
+    cors_origins: str | list[str] = ""
+    allowed_hosts: str | list[str] = ""
 
 
 class ModelArgument(msgspec.Struct, frozen=True):
@@ -89,12 +92,16 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the HTTP side needs. `api_keys` are SHA-256 digests; none means open."""
+    """What the HTTP side needs. `api_keys` are SHA-256 digests; none means open.
+
+    `cors_origins`: web pages that may call; `allowed_hosts`: names in Host headers, none = any.
+    """
 
     host: str
     port: int
     api_keys: tuple[bytes, ...] = ()
-    max_body_bytes: int = 32 * MIB
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     metrics_names: Literal["own", "vllm"] = "own"
 
 
@@ -154,9 +161,7 @@ def resolve(
 ) -> RouterConfig:
     """Options -> configs. `fallback_timeout_s` holds where no request time limit was given."""
     timeout_s = options.request_timeout
-    if options.host not in ("127.0.0.1", "::1", "localhost") and not (
-        api_keys or options.insecure_no_auth
-    ):
+    if options.host not in LOOPBACK and not (api_keys or options.insecure_no_auth):
         raise ValueError(
             f"--host {options.host} would let anyone use this server: give --api-key-file FILE "
             "(or ROUTER_API_KEY), or --insecure-no-auth if that is meant"
@@ -170,6 +175,8 @@ def resolve(
             host=options.host,
             port=options.port,
             api_keys=api_keys,
+            cors_origins=parse_origins(options.cors_origins),
+            allowed_hosts=_allowed_hosts(options, has_keys=bool(api_keys)),
             metrics_names=options.metrics_names,
         ),
         limits=LimitConfig(
@@ -192,6 +199,31 @@ def resolve(
         log_format=options.log_format,
         log_level=options.log_level,
     )
+
+
+def parse_origins(value: str | list[str]) -> tuple[str, ...]:
+    """Origins of web pages as browsers send them, separated by commas; `*` is all of them."""
+    origins = _entries(value)
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s*]+", origin):
+            raise ValueError(
+                f"--cors-origins: '{origin}' is no origin: write for example https://chat.example, "
+                "without a path, or * for all"
+            )
+    return origins
+
+
+def _allowed_hosts(options: Options, *, has_keys: bool) -> tuple[str, ...]:
+    """Who needs no key must at least call the server by its name: see `origins.HostCheck`."""
+    given = _entries(options.allowed_hosts)
+    if given or has_keys or options.host not in LOOPBACK:
+        return (*given, "localhost") if given else ()
+    return ("localhost",)
+
+
+def _entries(value: str | list[str]) -> tuple[str, ...]:
+    entries = value.split(",") if isinstance(value, str) else value
+    return tuple(entry.strip() for entry in entries if entry.strip())
 
 
 def _engine_options(options: Options) -> EngineOptions:

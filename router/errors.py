@@ -7,6 +7,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         BadRequest             400 invalid_request_error
           ContextLengthExceeded  400 context_length_exceeded
         Unauthorized           401 invalid_api_key
+        HostNotAllowed         403 host_not_allowed
         ModelNotFound          404 model_not_found
         RouteNotFound          404 not_found
         MethodNotAllowed       405 method_not_allowed
@@ -14,6 +15,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         PayloadTooLarge        413 request_too_large
         UnsupportedMediaType   415 unsupported_media_type
         RateLimited            429 slow_down
+        HeadTooLarge           431 headers_too_large
         EngineFailed           500 internal_error
           Quarantined            500 request_quarantined
         Overloaded             503 server_is_overloaded
@@ -105,6 +107,19 @@ class Unauthorized(RequestError):
         )
 
 
+class HostNotAllowed(RequestError):
+    """The Host header names somebody else."""
+
+    def __init__(
+        self,
+        message: str = "This server does not answer under that name; its operator can allow names "
+        "with --allowed-hosts.",
+    ) -> None:
+        super().__init__(
+            message, status=403, type="permission_error", code="host_not_allowed", param=None
+        )
+
+
 class ModelNotFound(RequestError):
     """The model asked for is not one of those served."""
 
@@ -160,6 +175,15 @@ class UnsupportedMediaType(RequestError):
     def __init__(self, message: str = "The body must be JSON (application/json).") -> None:
         super().__init__(
             message, status=415, type="invalid_request_error", code="unsupported_media_type"
+        )
+
+
+class HeadTooLarge(RequestError):
+    """The request line and the headers are larger than this server takes."""
+
+    def __init__(self, message: str = "The request's headers are too large.") -> None:
+        super().__init__(
+            message, status=431, type="invalid_request_error", code="headers_too_large"
         )
 
 

@@ -9,6 +9,7 @@ on elsewhere (or on the restarted engine) with prompt + tokens, until a second e
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -31,11 +32,12 @@ from router.metrics import Metrics, ModelMetrics
 from router.streams import Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
 from router.text.served import ServedModel
-from router.waiting import Alarm, FlowSettings, hold_permit
+from router.waiting import Alarm, Entry, FlowSettings, hold_permit
 
 MAX_DEATHS: Final = 2  # engines that may die under one request
 MAX_MOVES: Final = 8  # of one choice, for whatever reason
 GUESSED_NEW: Final = 256  # tokens of an answer
+PART_TOKENS: Final = 16_384  # of prompts, sent to engines in one go: 3 ms
 MAX_PIECES: Final = 16  # of one choice and step: a reader far behind gets larger ones
 
 
@@ -182,8 +184,9 @@ class Flow:
     async def generate(self, job: Job) -> AsyncGenerator[list[Progress], None]:
         """The whole life of a request, from the queue for a permit to the last token.
 
-        The first item is always empty: from then on every choice is placed on an engine. Later
-        empty items come every `ping_s` without news. Ends when each choice has a finish reason.
+        The first item is always empty: it comes when every choice is placed on an engine, or after
+        a wait of `ping_s` for that. Later empty items come every `ping_s` without news. Ends when
+        each choice has a finish reason.
         Raises RequestError; what it held is free again when it ends, is closed or is cancelled.
         """
         record = job.record
@@ -194,25 +197,29 @@ class Flow:
         wait = hold_permit(
             self._fleet, self._admission, self._metrics, record.model, limits.permit_s, job.ask
         )
-        async with wait as permit:
+        at_once = self._admission.is_free(record.model, job.ask)
+        async with Entry(wait, at_once=at_once) as entry:
+            while await entry.waits(self._settings.ping_s):
+                yield []
+            permit = entry.value()
             record.queue_s = self._clock() - record.started_s
             choices = self._open(job, alarm.event)
             self._alarms.add(alarm)
             try:
                 alarm.start(self._settings.ping_s)
-                while not self._place(job, choices):
+                while not await self._place_all(job, choices):
                     await alarm.wait()
                     if alarm.expired:
                         raise self._fleet.unavailable(job.model.name)
+                    if alarm.rang():
+                        yield []
                 yield []
                 running = choices
                 while running:
                     await alarm.wait()
                     rang = alarm.rang()
                     step: list[Progress] = []
-                    changed = False
-                    for choice in running:
-                        changed |= self._advance(job, choice, step)
+                    changed = self._advance_all(job, running, step)
                     if changed:
                         running = [choice for choice in running if choice.finish is None]
                     if step or rang:
@@ -223,13 +230,11 @@ class Flow:
                         if alarm.expired:
                             raise RequestTimeout("The request's time limit has passed.")
                         if changed:
-                            self._place(job, running)
+                            await self._place_all(job, running)
             finally:
                 alarm.stop()
                 self._alarms.discard(alarm)
-                for choice in choices:
-                    self._fleet.close(choice.stream)
-                self._account(job, choices)
+                self._close(job, choices)
                 permit.settle(record.prompt_tokens + record.completion_tokens)
 
     def _open(self, job: Job, event: WakeUp) -> list[_Choice]:
@@ -245,6 +250,22 @@ class Flow:
                 series = self._metrics.of_model(job.model.name)
                 choices.append(_Choice(job, len(choices), stream, hashes, series))
         return choices
+
+    async def _place_all(self, job: Job, choices: Sequence[_Choice]) -> bool:
+        """As `_place`, in parts between which the event loop turns."""
+        if len(choices) == 1:
+            return self._place(job, choices)
+        part: list[_Choice] = []
+        tokens = 0
+        for choice in choices:
+            part.append(choice)
+            tokens += len(job.prompts[choice.index // job.n])
+            if tokens > PART_TOKENS:
+                if not self._place(job, part):
+                    return False
+                part, tokens = [], 0
+                await asyncio.sleep(0)
+        return self._place(job, part)
 
     def _place(self, job: Job, choices: Sequence[_Choice]) -> bool:
         """Gives every choice that no engine works on to one. False if none is ready.
@@ -284,6 +305,13 @@ class Flow:
         if choice.moves > MAX_MOVES:
             raise Overloaded("The engines keep giving this request back.")
 
+    def _advance_all(self, job: Job, choices: Sequence[_Choice], step: list[Progress]) -> bool:
+        """As `_advance`, for several: True if that holds for any of them."""
+        changed = False
+        for choice in choices:
+            changed |= self._advance(job, choice, step)
+        return changed
+
     def _advance(self, job: Job, choice: _Choice, step: list[Progress]) -> bool:
         """Takes what the engine sent for one choice and adds it to `step`.
 
@@ -316,6 +344,11 @@ class Flow:
         # A matched stop string ends it here, while its engine still works on it.
         self._fleet.close(choice.stream)
         return True
+
+    def _close(self, job: Job, choices: Sequence[_Choice]) -> None:
+        for choice in choices:
+            self._fleet.close(choice.stream)
+        self._account(job, choices)
 
     def _account(self, job: Job, choices: Sequence[_Choice]) -> None:
         """Sums of the request, for its log line and for the metrics."""

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import logs
 from router.admission import Admission
+from router.connection import Connection
 from router.errors import EXIT_OK
 from router.fleet import Fleet, Replica
 from router.link import IpcLink
@@ -127,7 +128,7 @@ class Lifecycle:
 
         Raises StartError when the engines failed for good. Leaves no process, socket or file.
         """
-        server = _http_server(self.closing(app))
+        server = make_http_server(self.closing(app))
         with self._handlers():
             self._link.listen(self._fleet.receive)
             http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
@@ -283,12 +284,13 @@ class Lifecycle:
         return wrapped
 
 
-def _http_server(app: ASGIApp) -> HttpServer:
+def make_http_server(app: ASGIApp) -> HttpServer:
+    """The server, with limits on what comes before a body."""
     return HttpServer(
         uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

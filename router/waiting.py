@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from router.admission import Admission, Ask, Permit
 from router.errors import Overloaded, RateLimited, RequestTimeout
 from router.fleet import Fleet
 from router.metrics import Metrics
 from router.streams import WakeUp
+
+T = TypeVar("T")
 
 
 class Deadlines(NamedTuple):
@@ -77,6 +79,42 @@ async def hold_permit(
             metrics.refused.labels(model).inc()
             raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
         yield permit
+
+
+class Entry(Generic[T]):
+    """An async context that is entered beside its owner, who can tell of the wait meanwhile.
+
+    `at_once` is for one that is expected not to wait: it spares a task.
+    """
+
+    def __init__(self, context: AbstractAsyncContextManager[T], *, at_once: bool) -> None:
+        self._context = context
+        self._at_once = at_once
+        self._stack = AsyncExitStack()
+        self._entering: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+    async def __aenter__(self) -> Entry[T]:
+        entering = self._stack.enter_async_context(self._context)
+        if self._at_once:
+            self._entering.set_result(await entering)
+        else:
+            self._entering = asyncio.ensure_future(entering)
+        return self
+
+    async def __aexit__(self, *failure: Any) -> bool | None:
+        self._entering.cancel()
+        await asyncio.gather(self._entering, return_exceptions=True)
+        return await self._stack.__aexit__(*failure)
+
+    async def waits(self, seconds: float) -> bool:
+        """Still not entered after so many seconds?"""
+        if not self._entering.done():
+            await asyncio.wait((self._entering,), timeout=seconds)
+        return not self._entering.done()
+
+    def value(self) -> T:
+        """What the context gave. Raises what it raised."""
+        return self._entering.result()
 
 
 class Alarm:

@@ -29,7 +29,7 @@ from engine.protocol import (
     Vocabulary,
 )
 from router.admission import EMBEDDING_SHARE, Admission, Gate, QueueBounds
-from router.app import Parts, build_app
+from router.app import Access, Parts, build_app
 from router.embed_flow import EmbedFlow
 from router.fleet import Fleet, SendResult
 from router.flow import Flow
@@ -292,6 +292,7 @@ async def router_parts(
     max_queue: int = 64,
     settings: FlowSettings | None = None,
     keys: tuple[bytes, ...] = (),
+    access: Access | None = None,
     with_template: bool = True,
     started: bool = True,
     generates: bool = True,
@@ -335,7 +336,8 @@ async def router_parts(
     for replica in range(replicas if started else 0):
         engines.start(replica)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
-    parts = Parts(served, flow, embed_flow, pool, metrics, AlwaysWell(), keys)
+    access = access or Access(keys)
+    parts = Parts(served, flow, embed_flow, pool, metrics, AlwaysWell(), access)
     app = build_app(parts)
     try:
         yield Router(app, flow, fleet, table, engines, admission, metrics, model)
@@ -379,6 +381,7 @@ async def call(
     headers: dict[str, str] | None = None,
     raw: bytes | None = None,
     leave_after: int | None = None,
+    query: bytes = b"",
 ) -> Answer:
     """One request. `leave_after`: the client hangs up after so many parts of the answer."""
     answer = Answer()
@@ -392,7 +395,7 @@ async def call(
         "method": method,
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query,
         "root_path": "",
         "scheme": "http",
         "server": ("127.0.0.1", 8000),

@@ -5,20 +5,23 @@ Owns their JSON. Must not know engines' internals; what it shows it asks for at 
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Protocol
+from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
 
 from router.api.conversation import adds_generation_prompt, template_messages
 from router.api.generation import Generations
-from router.api.http import read_json_body, send_bytes, send_json, while_connected
-from router.api.schemas import DetokenizeRequest, TokenizeRequest, decode_body
+from router.api.http import header, read_json_body, send_bytes, send_json, while_connected
+from router.api.schemas import DetokenizeRequest, TokenizeRequest
 from router.embed_flow import EmbedFlow
 from router.errors import BadRequest, Overloaded
 from router.flow import Flow
 from router.metrics import CONTENT_TYPE, Metrics
 from router.text.served import ModelTable, ServedModel
+from router.text.tokenizer import Tokenizer
 from router.text.tool_forms import tools_of
 
 MAX_DETOKENIZE: Final = 1_000_000  # ids of one request
@@ -47,15 +50,28 @@ class Models:
         self._flow = flow
         self._embed_flow = embed_flow
 
-    async def list(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def list(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """All names; several names of one model are several entries."""
-        data = [self._entry(name, model) for model in self._models.models for name in model.names]
-        await send_json(send, {"object": "list", "data": data})
+        named = [(name, model) for model in self._models.models for name in model.names]
+        if _speaks_anthropic(scope):
+            answer: dict[str, Any] = {
+                "data": [_anthropic_entry(name, model) for name, model in named],
+                "has_more": False,
+                "first_id": named[0][0] if named else None,
+                "last_id": named[-1][0] if named else None,
+            }
+        else:
+            data = [self._entry(name, model) for name, model in named]
+            answer = {"object": "list", "data": data}
+        await send_json(send, answer)
 
     async def get(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """One of them. Raises ModelNotFound."""
         name: str = scope["path_params"]["name"]
-        await send_json(send, self._entry(name, self._models.find(name)))
+        model = self._models.find(name)
+        anthropic = _speaks_anthropic(scope)
+        entry = _anthropic_entry(name, model) if anthropic else self._entry(name, model)
+        await send_json(send, entry)
 
     def _entry(self, name: str, model: ServedModel) -> dict[str, Any]:
         limits = self._embed_flow.told_limits(model)
@@ -82,8 +98,23 @@ class Models:
         return entry
 
 
+def _speaks_anthropic(scope: Scope) -> bool:
+    """Anthropic's clients name the version of their API in every request."""
+    return header(scope, b"anthropic-version") is not None
+
+
+def _anthropic_entry(name: str, model: ServedModel) -> dict[str, Any]:
+    created = datetime.fromtimestamp(model.created_s, UTC)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
 class Tokens:
-    """POST /tokenize and /detokenize, in the form most servers share."""
+    """POST /tokenize and /detokenize and GET /tokenizer_info, in the form most servers share."""
 
     def __init__(self, generations: Generations, flow: Flow) -> None:
         self._generations = generations
@@ -91,7 +122,8 @@ class Tokens:
 
     async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ids of a text, or of a conversation as a chat route would render it."""
-        request = decode_body(await read_json_body(scope, receive), TokenizeRequest)
+        body = await read_json_body(scope, receive)
+        request = await self._generations.decode(body, TokenizeRequest)
         model = self._generations.model(request.model)
         tokens = await while_connected(scope, receive, self._tokens(request, model))
         answer: dict[str, Any] = {
@@ -100,19 +132,43 @@ class Tokens:
             "tokens": tokens,
         }
         if request.return_token_strs:
-            answer["token_strs"] = [model.tokenizer.token_text(token) for token in tokens]
+            answer["token_strs"] = await self._generations.apart(
+                len(tokens), lambda: list(map(model.tokenizer.token_text, tokens))
+            )
+        await send_json(send, answer)
+
+    async def info(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """What lm-eval asks for, of `?model=NAME` (not needed where one is served).
+
+        The template is not told, only whether there is one: it may be the operator's own, and
+        /tokenize renders with it.
+        """
+        asked = parse_qs(scope["query_string"].decode("latin-1")).get("model", [""])
+        model = self._generations.model(asked[0])
+        tokenizer = model.tokenizer
+        bos, ends = tokenizer.bos_id, tokenizer.eos_ids
+        answer = {
+            "model": model.name,
+            "eos_token": tokenizer.token_text(ends[0]) if ends else None,
+            "bos_token": None if bos is None else tokenizer.token_text(bos),
+            "pad_token": None,
+            "chat_template": None,
+            "has_chat_template": model.template is not None,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": self._flow.max_len(model),
+        }
         await send_json(send, answer)
 
     async def detokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The text of ids, control tokens by name."""
-        request = decode_body(await read_json_body(scope, receive), DetokenizeRequest)
+        body = await read_json_body(scope, receive)
+        request = await self._generations.decode(body, DetokenizeRequest)
         tokenizer = self._generations.model(request.model).tokenizer
         tokens = request.tokens
         if len(tokens) > MAX_DETOKENIZE:
             raise BadRequest(f"'tokens' may hold at most {MAX_DETOKENIZE} ids.", param="tokens")
-        if not all(0 <= token < tokenizer.vocab_size for token in tokens):
-            raise BadRequest("'tokens' holds an id outside the vocabulary.", param="tokens")
-        await send_json(send, {"prompt": tokenizer.decode(tokens, skip_special=False)})
+        text = await self._generations.apart(len(tokens), _text_of, tokens, tokenizer)
+        await send_json(send, {"prompt": text})
 
     async def _tokens(self, request: TokenizeRequest, model: ServedModel) -> list[int]:
         if (request.prompt is None) == (request.messages is None):
@@ -136,6 +192,13 @@ class Tokens:
             parse_special=request.parse_special is not False,
         )
         return tokens
+
+
+def _text_of(tokens: list[int], tokenizer: Tokenizer) -> str:
+    """Control tokens by name. Raises BadRequest."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) < tokenizer.vocab_size:
+        raise BadRequest("'tokens' holds an id outside the vocabulary.", param="tokens")
+    return tokenizer.decode(tokens, skip_special=False)
 
 
 class Status:
@@ -167,8 +230,12 @@ class Status:
 
     async def version(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         """The version of the installed distribution."""
-        try:
-            installed = version(DISTRIBUTION)
-        except PackageNotFoundError:
-            installed = "unknown"
-        await send_json(send, {"version": installed})
+        await send_json(send, {"version": installed_version()})
+
+
+def installed_version() -> str:
+    """Of the distribution; "unknown" in a checkout that was never installed."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown"

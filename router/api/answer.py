@@ -181,8 +181,9 @@ async def answer_stream(
 ) -> None:
     """Sends events as tokens come, one write per step; the last step's go out with the closing.
 
-    The headers go out once the request is placed on an engine; steps without news become comments,
-    so that no proxy takes a long prefill for a dead line.
+    The headers go out once the request is placed on an engine, or has waited for that so long that
+    it must be told (a failure is an event from then on); steps without news become comments, so
+    that no proxy takes a queue or a long prefill for a dead line.
     """
     events = EventStream(send)
     num_running = job.num_choices

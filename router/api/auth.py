@@ -15,32 +15,50 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.api.failures import ANTHROPIC, FAILURES
 from router.api.generation import TENANT, record_of
-from router.api.http import REPLY, Reply, header
+from router.api.http import REPLY, Reply
+from router.api.origins import HostCheck
 from router.config import key_matches
 from router.errors import Unauthorized
 
-_SCHEME: Final = "bearer "
+_SCHEME: Final = b"bearer "
 
 
 class KeyCheck:
-    """Knows the digests of the keys. Without any, everybody may pass."""
+    """Knows the digests of the keys. Without any, everybody may pass who calls us by our name."""
 
-    def __init__(self, digests: tuple[bytes, ...]) -> None:
+    def __init__(self, digests: tuple[bytes, ...], hosts: HostCheck) -> None:
         self._digests = digests
+        self._hosts = hosts
         self._secret = secrets.token_bytes(32)  # engines see tenants, nothing to guess keys from
 
     def admit(self, scope: Scope) -> None:
-        """Raises Unauthorized. Where several keys exist, notes in the scope whose request it is."""
+        """Raises HostNotAllowed, Unauthorized.
+
+        Where several keys exist, notes in the scope whose request it is.
+        """
+        self._hosts.admit(scope)
         if not self._digests:
             return
-        given = header(scope, b"authorization") or ""
-        if given[: len(_SCHEME)].lower() != _SCHEME:
-            raise Unauthorized
-        key = given[len(_SCHEME) :].strip().encode("latin-1")
-        if not key_matches(key, self._digests):
+        keys = _keys_of(scope)
+        # Each is looked at: a wrong key must not pass beside a right one.
+        known = [key_matches(key, self._digests) for key in keys]
+        if not keys or not all(known):
             raise Unauthorized
         if len(self._digests) > 1:  # one tenant's cached prompts must not speed up another's
-            scope[TENANT] = hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
+            scope[TENANT] = hashlib.blake2b(keys[0], key=self._secret, digest_size=16).digest()
+
+
+def _keys_of(scope: Scope) -> list[bytes]:
+    """The keys that a request carries: OpenAI's clients send a bearer, Anthropic's older ones
+    x-api-key. An Authorization that is no bearer counts as a key, and matches none."""
+    keys: list[bytes] = []
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            is_bearer = value[: len(_SCHEME)].lower() == _SCHEME
+            keys.append(value[len(_SCHEME) :].strip() if is_bearer else b"")
+        elif name == b"x-api-key":
+            keys.append(value.strip())
+    return keys
 
 
 class GuardedRoute(Route):

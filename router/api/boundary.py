@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from router import logs
 from router.api.failures import FAILURES, OPENAI, FailureForm
 from router.api.generation import RECORD
-from router.api.http import REPLY, Reply, header
+from router.api.http import REPLY, SHARE, BodyRoom, Reply, header
 from router.errors import (
     ClientGone,
     EngineFailed,
@@ -42,6 +42,7 @@ class Boundary:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._bodies = BodyRoom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +59,8 @@ class Boundary:
             scope["path"] = scope["path"].rstrip("/")  # no redirects: clients lose the body
         reply = scope[REPLY] = Reply(send, record.request_id)
         try:
-            await self._app(scope, receive, reply)
+            with self._bodies.share() as scope[SHARE]:
+                await self._app(scope, receive, reply)
         except RequestError as error:
             await _fail(scope, reply, error)
         except HTTPException as error:

@@ -15,7 +15,7 @@ from router.api.chats import Chats
 from router.api.generation import Generations, new_id
 from router.api.http import read_json_body, while_connected
 from router.api.logprobs import TokenNames, chat_logprobs, listed_prompt_logprobs
-from router.api.schemas import ChatRequest, decode_body
+from router.api.schemas import ChatRequest
 from router.api.sse import ChunkTemplate
 from router.flow import First, Job, Progress
 from router.text.assembly import FinishReason
@@ -34,7 +34,7 @@ class ChatCompletions:
         await while_connected(scope, receive, self._answer(scope, body, send))
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        request = decode_body(body, ChatRequest)
+        request = await self._generations.decode(body, ChatRequest)
         model = self._generations.generating_model(request.model)
         job = await self._chats.prepare(scope, request, model)
         form = ChatForm(request, job)

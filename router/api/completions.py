@@ -35,7 +35,6 @@ from router.api.options import (
 )
 from router.api.schemas import (
     CompletionRequest,
-    decode_body,
     refuse_tools,
     refuse_unsupported,
 )
@@ -59,10 +58,12 @@ class Completions:
         await while_connected(scope, receive, self._answer(scope, body, send))
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        request = decode_body(body, CompletionRequest)
+        request = await self._generations.decode(body, CompletionRequest)
         model = self._generations.generating_model(request.model)
         job = await self._prepare(scope, request, model)
-        form = CompletionForm(request, job)
+        form = await self._generations.apart(
+            num_items(request.prompt), CompletionForm, request, job
+        )
         steps = self._generations.run(job)
         if request.stream:
             options = request.stream_options
@@ -85,7 +86,9 @@ class Completions:
         structured = await self._generations.structured(request)
         told = max(prompt_logprobs_of(request), logprobs if request.echo else -1)
         sampling = sampling_of(request, model, logprobs=logprobs, prompt_logprobs=told)
-        prompts = prompts_of(request.prompt, model.tokenizer.vocab_size)
+        prompts = await self._generations.apart(
+            num_items(request.prompt), prompts_of, request.prompt, model.tokenizer.vocab_size
+        )
         if len(prompts) * num_run(request) > MAX_SEQUENCES:
             raise BadRequest(f"Prompts times 'n' may be at most {MAX_SEQUENCES}.", param="n")
         add_special = request.add_special_tokens is not False
@@ -237,11 +240,19 @@ def prompts_of(prompt: Any, vocab_size: int) -> list[str | list[int]]:
     )
 
 
+def num_items(prompt: Any) -> int:
+    """About how many items `prompts_of` will look at."""
+    if not isinstance(prompt, list):
+        return 0
+    few = prompt[:MAX_PROMPTS]  # more are refused before they are looked at
+    return len(prompt) + sum([len(part) for part in few if isinstance(part, list)])
+
+
 def _is_tokens(values: list[Any]) -> TypeGuard[list[int]]:
-    return all(type(value) is int for value in values)
+    return set(map(type, values)) <= {int}  # not bool
 
 
 def _checked(tokens: list[int], vocab_size: int) -> list[int]:
-    if not all(0 <= token < vocab_size for token in tokens):
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise BadRequest("'prompt' holds an id outside the model's vocabulary.", param="prompt")
     return tokens

@@ -8,6 +8,7 @@ between which the event loop turns, and kept as packed token ids and packed vect
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
@@ -16,9 +17,9 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Pooling, pack_tokens, unpack_floats
-from router.api.generation import record_of, tenant_of
+from router.api.generation import decode_apart, record_of, tenant_of
 from router.api.http import read_json_body, send_bytes, send_parts, while_connected
-from router.api.schemas import EmbeddingRequest, decode_body
+from router.api.schemas import EmbeddingRequest
 from router.embed_flow import EmbeddingJob, EmbedFlow
 from router.errors import BadRequest, ContextLengthExceeded
 from router.text.pool import TextPool
@@ -34,6 +35,7 @@ T = TypeVar("T")
 EncodingFormat = Literal["float", "base64"]
 Side = Literal["left", "right"]
 
+_NUMBERS: Final = re.compile(rb"\[\s*[-0-9]")
 _FORMS: Final = "a string, a list of strings, a list of token ids, or a list of such lists"
 
 
@@ -46,7 +48,8 @@ class Embeddings:
         self._pool = pool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = decode_body(await read_json_body(scope, receive), EmbeddingRequest)
+        body = await read_json_body(scope, receive)
+        request = await decode_apart(self._pool, body, EmbeddingRequest)
         await while_connected(scope, receive, self._answer(scope, request, send))
 
     async def _answer(self, scope: Scope, request: EmbeddingRequest, send: Send) -> None:
@@ -131,16 +134,15 @@ def parts_of(raw: msgspec.Raw) -> list[msgspec.Raw]:
         return [raw]
     if form != b"[":
         raise BadRequest(f"'input' must be {_FORMS}.", param="input")
+    if _NUMBERS.match(memoryview(raw)):
+        return [raw]  # read as ids in one go later, which refuses a mixture too
     parts = msgspec.json.decode(raw, type=list[msgspec.Raw])
     if not parts:
         raise BadRequest("'input' must not be empty.", param="input")
-    forms = {_first(part) for part in parts}
-    if all(form.isdigit() or form == b"-" for form in forms):
-        return [raw]
-    if forms not in ({b'"'}, {b"["}):
-        raise BadRequest(f"'input' must be {_FORMS}, not a mixture.", param="input")
     if len(parts) > MAX_TEXTS:
         raise BadRequest(f"'input' may hold at most {MAX_TEXTS} texts.", param="input")
+    if {_first(part) for part in parts} not in ({b'"'}, {b"["}):
+        raise BadRequest(f"'input' must be {_FORMS}, not a mixture.", param="input")
     return parts
 
 

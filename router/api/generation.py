@@ -12,7 +12,8 @@ from typing import Any, Final, ParamSpec, TypeVar
 import msgspec
 from starlette.types import Scope
 
-from router.api.schemas import GenerationRequest, asks_for_structure
+from router.api.intake import SMALL_BYTES
+from router.api.schemas import GenerationRequest, asks_for_structure, decode_body
 from router.api.structured import Structured, grammar_of
 from router.errors import BadRequest, ContextLengthExceeded
 from router.flow import Flow, Job, Progress, RequestRecord
@@ -26,6 +27,9 @@ T = TypeVar("T")
 # Keys of the ASGI scope, set by the boundary and by the key check.
 RECORD: Final = "router.record"
 TENANT: Final = "router.tenant"
+
+
+MESSAGE_CHARS: Final = 50  # an empty message costs a template as much as so many characters
 
 
 def record_of(scope: Scope) -> RequestRecord:
@@ -45,6 +49,13 @@ def salt_of(scope: Scope, request: GenerationRequest) -> bytes:
     return tenant_of(scope) + (request.cache_salt or "").encode()
 
 
+async def decode_apart(pool: TextPool, body: bytes, kind: type[T]) -> T:
+    """One typed decode of a JSON body, in a thread if it is large; see `decode_body`."""
+    if len(body) <= SMALL_BYTES:
+        return decode_body(body, kind)
+    return await pool.run(decode_body, body, kind)
+
+
 def new_id(prefix: str) -> str:
     """A unique id for one answer."""
     return f"{prefix}-{secrets.token_hex(12)}"
@@ -58,9 +69,19 @@ class Generations:
         self._flow = flow
         self._pool = pool
 
+    async def decode(self, body: bytes, kind: type[T]) -> T:
+        """One typed decode of a JSON body; see `decode_body`."""
+        return await decode_apart(self._pool, body, kind)
+
+    async def apart(
+        self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """A function's result, from a thread if its work goes over as many as `size` items."""
+        return await self._pool.run_sized(size, function, *args, **kwargs)
+
     def model(self, name: str) -> ServedModel:
-        """Raises ModelNotFound."""
-        return self._models.find(name)
+        """Where one model is served it needs no name. Raises ModelNotFound."""
+        return self._models.find_or_only(name)
 
     def generating_model(self, name: str) -> ServedModel:
         """Raises ModelNotFound, and BadRequest for a model that makes embeddings only."""
@@ -126,6 +147,7 @@ class Generations:
         listed = [tool.listed() for tool in tools]
         num_chars += len(msgspec.json.encode(listed)) if listed else 0
         _refuse_endless(model, num_chars, param="messages")
+        work_size = num_chars + MESSAGE_CHARS * len(messages)
 
         def work() -> list[int]:
             return template.render_tokens(
@@ -137,7 +159,7 @@ class Generations:
                 tokenizer=model.tokenizer,
             )
 
-        return await self._pool.run_sized(num_chars, work)
+        return await self._pool.run_sized(work_size, work)
 
     def check_room(self, model: ServedModel, prompt: Sequence[int], *, param: str) -> None:
         """Raises ContextLengthExceeded unless one more token fits."""

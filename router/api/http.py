@@ -1,13 +1,14 @@
 """Request bodies and answers at the ASGI level.
 
-Owns the body limit, the content-type rule and the watch for clients that leave. Must not know what
-is in a body, nor any engine. Nothing here is per token.
+Owns the limits on bodies, the content-type rule and the watch for clients that leave. Must not
+know what is in a body, nor any engine. Nothing here is per token.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -16,13 +17,20 @@ from starlette.types import Message, Receive, Scope, Send
 from router.errors import (
     BadRequest,
     ClientGone,
+    Overloaded,
     PayloadTooLarge,
+    RequestTimeout,
     UnsupportedMediaType,
 )
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 STALL_S: Final = 30.0  # a client that reads nothing for so long is as good as gone
-REPLY: Final = "router.reply"  # key of the ASGI scope, set by the boundary
+MAX_HELD_BYTES: Final = 16 * MAX_BODY_BYTES  # of all bodies whose requests are not over
+BODY_S: Final = 120.0  # for a body to arrive
+
+# Keys of the ASGI scope, set by the boundary.
+REPLY: Final = "router.reply"
+SHARE: Final = "router.body_share"
 
 T = TypeVar("T")
 
@@ -35,11 +43,48 @@ def header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
+class BodyRoom:
+    """The memory that bodies may take together: many large ones are refused, not fatal."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self._free_bytes = max_bytes
+
+    @contextmanager
+    def share(self) -> Generator[Callable[[int], None]]:
+        """What to call with the size of each part of one request's body; all is free at the end.
+
+        That call raises Overloaded.
+        """
+        taken_bytes = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken_bytes
+            if num_bytes > self._free_bytes:
+                raise Overloaded("Too many large bodies are being worked on.")
+            self._free_bytes -= num_bytes
+            taken_bytes += num_bytes
+
+        try:
+            yield take
+        finally:
+            self._free_bytes += taken_bytes
+
+
 async def read_json_body(scope: Scope, receive: Receive) -> bytes:
     """The whole body, at most MAX_BODY_BYTES of it.
 
-    Raises UnsupportedMediaType, PayloadTooLarge (before more is read), ClientGone.
+    Raises UnsupportedMediaType, PayloadTooLarge and Overloaded (before more is read),
+    RequestTimeout, ClientGone.
     """
+    _check_headers(scope)
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await _read_body(receive, scope.get(SHARE))
+    except TimeoutError as error:
+        raise RequestTimeout(f"The body did not arrive within {BODY_S:g} s.") from error
+
+
+def _check_headers(scope: Scope) -> None:
     media_type = (header(scope, b"content-type") or "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaType(
@@ -52,6 +97,9 @@ async def read_json_body(scope: Scope, receive: Receive) -> bytes:
         raise BadRequest("The Content-Length header is not a number.")
     if len(announced) > 12 or int(announced) > MAX_BODY_BYTES:
         raise _too_large()
+
+
+async def _read_body(receive: Receive, take: Callable[[int], None] | None) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -62,6 +110,8 @@ async def read_json_body(scope: Scope, receive: Receive) -> bytes:
         size += len(part)
         if size > MAX_BODY_BYTES:
             raise _too_large()
+        if take is not None:
+            take(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)

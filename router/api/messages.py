@@ -17,7 +17,6 @@ from router.api.http import read_json_body, send_json, while_connected
 from router.api.messages_answer import MessageForm
 from router.api.messages_input import NAMES, chat_of
 from router.api.messages_schema import MessagesRequest
-from router.api.schemas import decode_body
 from router.errors import BadRequest
 
 
@@ -39,7 +38,7 @@ class Messages:
         await while_connected(scope, receive, self._count(body, send))
 
     async def _create(self, scope: Scope, body: bytes, send: Send) -> None:
-        request = decode_body(body, MessagesRequest)
+        request = await self._generations.decode(body, MessagesRequest)
         if request.max_tokens is None:
             raise BadRequest("'max_tokens' is required.", param="max_tokens")
         model = self._generations.generating_model(request.model)
@@ -56,7 +55,7 @@ class Messages:
         await send_json(send, form.whole())
 
     async def _count(self, body: bytes, send: Send) -> None:
-        request = decode_body(body, MessagesRequest)
+        request = await self._generations.decode(body, MessagesRequest)
         model = self._generations.generating_model(request.model)
         with NAMES.applied():
             num_tokens = await self._chats.count(chat_of(request), model)

@@ -31,7 +31,7 @@ INT64: Final = (-(2**63), 2**63 - 1)
 INT31: Final = (-(2**31), 2**31 - 1)
 
 # name -> (lowest, highest), both allowed
-_RANGES: Final[dict[str, tuple[float, float]]] = {
+RANGES: Final[dict[str, tuple[float, float]]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -47,7 +47,7 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
 
 def check_ranges(request: GenerationRequest) -> None:
     """Raises BadRequest for the first number out of its range."""
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in RANGES.items():
         value = getattr(request, name)
         if value is not None and not low <= value <= high:
             raise BadRequest(f"'{name}' must be between {low} and {high}.", param=name)

@@ -19,7 +19,7 @@ from router.api.http import read_json_body, send_json, while_connected
 from router.api.responses_answer import ResponseForm
 from router.api.responses_input import NAMES, chat_of, wants_logprobs
 from router.api.responses_schema import ResponsesRequest
-from router.api.schemas import ChatMessage, ChatRequest, decode_body
+from router.api.schemas import ChatMessage, ChatRequest
 from router.errors import ContextLengthExceeded
 from router.text.served import ServedModel
 
@@ -42,7 +42,7 @@ class Responses:
         await while_connected(scope, receive, self._count(body, send))
 
     async def _create(self, scope: Scope, body: bytes, send: Send) -> None:
-        request = decode_body(body, ResponsesRequest)
+        request = await self._generations.decode(body, ResponsesRequest)
         model = self._generations.generating_model(request.model)
         with NAMES.applied():
             chat = chat_of(request)
@@ -61,7 +61,7 @@ class Responses:
         await send_json(send, form.whole())
 
     async def _count(self, body: bytes, send: Send) -> None:
-        request = decode_body(body, ResponsesRequest)
+        request = await self._generations.decode(body, ResponsesRequest)
         model = self._generations.generating_model(request.model)
         with NAMES.applied():
             num_tokens = await self._chats.count(chat_of(request), model)

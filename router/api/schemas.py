@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from router.api.intake import SMALL_BYTES, check_depth, check_shape
 from router.errors import BadRequest
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ class ChatRequest(GenerationRequest, kw_only=True, frozen=True):
 class EmbeddingRequest(msgspec.Struct, kw_only=True, frozen=True):
     """Body of POST /v1/embeddings. `input` is read later, a part at a time: it may be megabytes."""
 
-    input: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     model: str | None = None
     encoding_format: str | None = None
     dimensions: int | None = None
@@ -181,9 +182,9 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
-    """Body of POST /tokenize: either `prompt` or `messages`."""
+    """Body of POST /tokenize: either `prompt` or `messages`. Without `model`, the only one."""
 
-    model: str
+    model: str = ""
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: Any = None
@@ -196,9 +197,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True, frozen=True):
-    """Body of POST /detokenize."""
+    """Body of POST /detokenize. Without `model`, the only one."""
 
-    model: str
+    model: str = ""
     tokens: list[int]
 
 
@@ -218,9 +219,16 @@ _PLACE: Final = re.compile(r" - at `(?:key in `)?\$\.?(.*?)`+$")
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
-    """One typed decode of a JSON body. Raises BadRequest that names the field."""
+    """One typed decode of a JSON body, for a thread if it is large.
+
+    Raises BadRequest that names the field, PayloadTooLarge.
+    """
+    if len(body) > SMALL_BYTES:
+        check_shape(body)
     try:
-        return msgspec.json.decode(body, type=kind)
+        decoded = msgspec.json.decode(body, type=kind)
+        check_depth(body)
+        return decoded
     except msgspec.ValidationError as error:
         raise _wrong_field(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

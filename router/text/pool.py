@@ -30,6 +30,10 @@ INLINE_LIMIT_S: Final = 0.02  # a job that holds the loop longer sends the next 
 JOBS_AFTER_SLOW: Final = 256  # so many
 
 
+class TakesLong(Exception):
+    """Raised by a job that holds the event loop and would for long: it wants a thread."""
+
+
 class TextPool:
     """Runs functions that prepare or measure text, at most `threads` at a time.
 
@@ -62,8 +66,8 @@ class TextPool:
     ) -> T:
         """As `run`, for a job over `num_chars` characters; a small one runs at once, on the loop.
 
-        Should such a job be slow all the same (a template may do anything), the next ones are not
-        given that chance.
+        One that raises `TakesLong` there is begun again in a thread. Should a job be slow all the
+        same, the next ones are not given that chance.
         """
         if num_chars > INLINE_CHARS or self._jobs_until_inline:
             self._jobs_until_inline = max(0, self._jobs_until_inline - 1)
@@ -71,9 +75,12 @@ class TextPool:
         start = self._clock()
         try:
             return function(*args, **kwargs)
+        except TakesLong:
+            pass
         finally:
             if self._clock() - start > INLINE_LIMIT_S:
                 self._jobs_until_inline = JOBS_AFTER_SLOW
+        return await self.run(function, *args, **kwargs)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The function's result, from a thread.

@@ -7,6 +7,7 @@ are counted, and no operator, filter, method, macro or block makes a text beyond
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import re
@@ -24,11 +25,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from router.text.pool import TakesLong
+
 MAX_CHARS = 8 * 1024 * 1024  # of the result and of every text on the way there
 MAX_RANGE = 10_000
 MAX_STEPS = 1_000_000  # loop passes and calls per rendering
 MAX_WIDTH = 10_000  # of padding, indentation and the like
 MAX_BITS = 4096  # of whole numbers
+HURRY_S = 0.01
 _STEPS_PER_LOOK = 256  # at the clock
 
 _BUDGET = "router.budget"  # no identifier: templates can neither read nor replace it
@@ -44,11 +48,13 @@ class TemplateRefused(TemplateError):
 class Budget:
     """What one rendering may still do. Raises `SecurityError` when it is used up."""
 
-    __slots__ = ("_clock", "_deadline", "_steps")
+    __slots__ = ("_clock", "_deadline", "_hurry", "_steps")
 
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float], *, hurry: bool = False) -> None:
+        """With `hurry` it is TakesLong that is raised, and sooner."""
         self._clock = clock
-        self._deadline = clock() + seconds
+        self._deadline = clock() + (min(seconds, HURRY_S) if hurry else seconds)
+        self._hurry = hurry
         self._steps = 0
 
     def spend(self) -> None:
@@ -57,6 +63,8 @@ class Budget:
         if self._steps > MAX_STEPS:
             raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
         if self._steps % _STEPS_PER_LOOK == 0 and self._clock() > self._deadline:
+            if self._hurry:
+                raise TakesLong
             raise SecurityError("it takes too long")
 
 
@@ -80,10 +88,21 @@ class Program:
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Raises `TemplateRefused`, `SecurityError` beyond a limit, or whatever a wrong template
-        runs into: another jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ..."""
-        budget = Budget(self._seconds, self._clock)
+        runs into: another jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ...
+
+        On an event loop's thread it raises `TakesLong` after HURRY_S: no template may hold that.
+        """
+        budget = Budget(self._seconds, self._clock, hurry=_on_event_loop())
         parts = self._template.generate({**variables, _BUDGET: budget})
         return _joined(_within_limit(parts))
+
+
+def _on_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def measured(value: object) -> object:

@@ -102,3 +102,7 @@ class ModelTable:
         if model is None:
             raise ModelNotFound(f"This model is not served here. Served: {', '.join(self.names)}.")
         return model
+
+    def find_or_only(self, name: str) -> ServedModel:
+        """As `find`, but where one model is served, no name means that one."""
+        return self.models[0] if not name and len(self.models) == 1 else self.find(name)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from router.errors import BadRequest
 
-MAX_STOP_CHARS = 16_384  # of all stop strings of a request together: bounds the automaton
+MAX_STOP_CHARS = 8192  # of all stop strings of a request together: 20 ms for their automaton
 
 
 class StopStrings:

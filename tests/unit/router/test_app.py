@@ -683,6 +683,28 @@ async def test_comments_while_nothing_comes_216(folder: Path) -> None:
         assert answer.parts == [b": ping\n\n"] * 4
 
 
+async def test_a_stream_in_the_queue_216(folder: Path) -> None:
+    settings = FlowSettings(ping_s=0.01, max_concurrency=1)
+    body = {"model": MODEL, "prompt": "hangs", "stream": True}
+    async with router_parts(folder, plays, settings=settings) as router:
+        holder = asyncio.ensure_future(
+            call(router.app, "POST", "/v1/completions", body, leave_after=40)
+        )
+        await asyncio.sleep(0.005)
+        queued = asyncio.ensure_future(chat(router.app, stream=True))
+        whole = asyncio.ensure_future(chat(router.app))
+        await asyncio.sleep(0.05)
+        # a stream's headers are out: what fails is an event (P9); a whole answer's are not
+        router.admission.evict("The server is stopping.")
+        answer = await queued
+        assert answer.status == 200
+        assert answer.ended
+        assert answer.parts.count(b": ping\n\n") >= 1
+        assert answer.events()[-1]["error"]["code"] == "server_is_overloaded"
+        assert ((await whole).status, error(await whole)["code"]) == (503, "server_is_overloaded")
+        await holder
+
+
 # -- clients that leave
 
 
@@ -756,6 +778,40 @@ async def test_tokens(router: Router) -> None:
     for bad in ([-1], [VOCAB_SIZE], [2**70]):
         assert error(await post("/detokenize", tokens=bad))["param"] == "tokens"
     assert error(await post("/tokenize"))["param"] == "prompt"
+    unnamed = await call(router.app, "POST", "/tokenize", {"prompt": "a"})
+    assert unnamed.json()["tokens"] == encode_text("a")
+    other = await call(router.app, "POST", "/tokenize", {"prompt": "a", "model": "nope"})
+    assert error(other)["code"] == "model_not_found"
+
+
+async def test_models_for_anthropics_clients(router: Router) -> None:
+    headers = {"anthropic-version": "2023-06-01"}
+    listed = (await call(router.app, "GET", "/v1/models", headers=headers)).json()
+    assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, MODEL, "a/b")
+    first = {
+        "type": "model",
+        "id": MODEL,
+        "display_name": MODEL,
+        "created_at": "2023-11-14T22:13:20Z",
+    }
+    assert listed["data"][0] == first
+    one = await call(router.app, "GET", f"/v1/models/{MODEL}", headers=headers)
+    assert one.json() == first
+
+
+async def test_tokenizer_info(router: Router) -> None:
+    for query in (b"", b"model=tiny&x=1", b"model=a%2Fb"):
+        answer = await call(router.app, "GET", "/tokenizer_info", query=query)
+        told = answer.json()
+        assert told["model"] == MODEL
+        body = {"prompt": told["eos_token"], "add_special_tokens": False}  # as lm-eval asks
+        (eos_id,) = (await call(router.app, "POST", "/tokenize", body)).json()["tokens"]
+        assert eos_id in router.model.tokenizer.eos_ids
+        assert (told["vocab_size"], told["model_max_length"]) == (VOCAB_SIZE, MAX_LEN)
+        assert told["has_chat_template"]
+        assert told["chat_template"] is None
+    answer = await call(router.app, "GET", "/tokenizer_info", query=b"model=other")
+    assert (answer.status, error(answer)["code"]) == (404, "model_not_found")
 
 
 async def test_tokens_of_a_conversation_with_tools(router: Router) -> None:
@@ -851,6 +907,7 @@ PATHS = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/metrics"),
+    ("GET", "/tokenizer_info"),
     ("GET", "/version"),
     ("GET", "/nowhere"),
     ("GET", "//health"),

@@ -310,6 +310,32 @@ async def test_silence_is_told_of(folder: Path) -> None:
         assert [await anext(steps) for _ in range(3)] == [[], [], []]
 
 
+async def test_a_wait_in_the_queue_is_told_of_216(folder: Path) -> None:
+    settings = FlowSettings(ping_s=0.01, max_concurrency=1)
+    async with router_parts(folder, plays, settings=settings) as parts:
+        holder = parts.flow.generate(job(parts, "waits"))
+        await anext(holder)
+        async with aclosing(parts.flow.generate(job(parts, "plain"))) as queued:
+            assert [await anext(queued) for _ in range(3)] == [[], [], []]
+            assert parts.admission.active == 2
+        assert parts.admission.active == 1  # who leaves the queue while it is told of is gone
+        async with aclosing(parts.flow.generate(job(parts, "plain"))) as queued:
+            assert await anext(queued) == []
+            await holder.aclose()
+            texts = [progress.piece.text async for step in queued for progress in step]
+        assert "".join(texts) == "Hello world"
+
+
+async def test_a_wait_for_an_engine_is_told_of(folder: Path) -> None:
+    async with router_parts(folder, plays, settings=FlowSettings(ping_s=0.01)) as parts:
+        parts.fleet.lose(0, "the test says so")
+        async with aclosing(parts.flow.generate(job(parts, "plain"))) as steps:
+            asyncio.get_running_loop().call_later(0.05, parts.engines.start, 0)
+            assert [await anext(steps) for _ in range(2)] == [[], []]
+            texts = [progress.piece.text async for step in steps for progress in step]
+        assert "".join(texts) == "Hello world"
+
+
 async def test_load_is_spread(router: Router) -> None:
     async with aclosing(router.flow.generate(job(router, "waits", n=2))) as steps:
         await anext(steps)

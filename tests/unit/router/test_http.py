@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from router.api.http import REPLY, Reply, read_json_body, while_connected
-from router.errors import ClientGone
+from router.api import http
+from router.api.http import REPLY, SHARE, BodyRoom, Reply, read_json_body, while_connected
+from router.errors import ClientGone, Overloaded, RequestTimeout
 
 
 async def silent() -> Any:
@@ -125,3 +126,23 @@ async def test_a_body_in_parts() -> None:
         return parts.pop(0)
 
     assert await read_json_body(scope_of(None), receive) == b"{}"
+
+
+async def test_bodies_share_a_room() -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"12345", "more_body": False}
+
+    room = BodyRoom(max_bytes=12)
+    with room.share() as first, room.share() as second:
+        for share in (first, second):
+            assert await read_json_body({**scope_of(None), SHARE: share}, receive) == b"12345"
+        with room.share() as third, pytest.raises(Overloaded):
+            await read_json_body({**scope_of(None), SHARE: third}, receive)
+    with room.share() as again:  # all is free again
+        again(12)
+
+
+async def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BODY_S", 0.01)
+    with pytest.raises(RequestTimeout):
+        await read_json_body(scope_of(None), silent)

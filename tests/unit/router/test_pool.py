@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from router.errors import BadRequest, Overloaded
-from router.text.pool import INLINE_CHARS, JOBS_AFTER_SLOW, TextPool
+from router.text.pool import INLINE_CHARS, JOBS_AFTER_SLOW, TakesLong, TextPool
 
 
 @pytest.fixture
@@ -114,4 +114,20 @@ async def test_quick_small_jobs_stay_on_the_loop() -> None:
     assert [await pool.run_sized(1, threading.get_ident) for _ in range(3)] == [here] * 3
     with pytest.raises(ZeroDivisionError):
         await pool.run_sized(1, lambda: 1 / 0)
+    pool.close()
+
+
+async def test_a_short_job_that_takes_long_goes_to_a_thread() -> None:
+    pool = TextPool()
+    threads: list[str] = []
+
+    def job() -> int:
+        threads.append(threading.current_thread().name)
+        if len(threads) == 1:
+            raise TakesLong
+        return 5
+
+    assert await pool.run_sized(1, job) == 5
+    assert threads[0] == threading.main_thread().name
+    assert threads[1].startswith("text")
     pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from datetime import datetime
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 
+from router.text.pool import TakesLong
 from router.text.sandbox import MAX_CHARS, Program, TemplateRefused
 
 
@@ -165,3 +167,14 @@ def test_errors_of_the_template() -> None:
         render("{{ a.b.c }}")
     with pytest.raises(TemplateError):
         Program("{% if %}")
+
+
+LOOPS = "{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}"
+
+
+async def test_a_template_may_not_hold_the_event_loop_S8() -> None:
+    program = Program(LOOPS + "{{ x }}")
+    with pytest.raises(TakesLong):
+        program.render({"x": "a"})
+    assert Program("{{ x }}").render({"x": "a"}) == "a"
+    assert await asyncio.to_thread(program.render, {"x": "a"}) == "a"

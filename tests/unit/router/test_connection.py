@@ -1,0 +1,115 @@
+"""Heads that are too large, too slow or no HTTP, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import uvicorn
+
+from router import connection
+from router.connection import MAX_HEAD_BYTES, MAX_HEADERS
+from router.lifecycle import bind, make_http_server
+
+GET = b"GET /a HTTP/1.1\r\nHost: x\r\n"
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    while scope["method"] == "POST" and (await receive()).get("more_body"):
+        pass
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest_asyncio.fixture
+async def port() -> AsyncIterator[int]:
+    with bind("127.0.0.1", 0) as listener:
+        server: uvicorn.Server = make_http_server(hello)
+        task = asyncio.ensure_future(server.serve(sockets=[listener]))
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        await task
+
+
+async def talk(port: int, *parts: bytes) -> bytes:
+    """Sends the parts and reads until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def refusal(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower()
+    return int(head.split()[1]), json.loads(body)["error"]["code"]
+
+
+async def test_usual_requests_pass(port: int) -> None:
+    long = b"X-Long: " + b"a" * 30_000 + b"\r\n"
+    last = GET + b"Connection: close\r\n\r\n"
+    answer = await talk(port, GET + long + b"\r\n", GET[:9], GET[9:] + b"\r\n", last)
+    assert answer.count(b"200 OK") == 3
+
+
+async def test_a_head_that_comes_behind_a_large_body(port: int) -> None:
+    size = 3 * MAX_HEAD_BYTES
+    post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
+    last = GET + b"Connection: close\r\n\r\n"
+    answer = await talk(port, post + b"x" * size + last[:20], last[20:])
+    assert answer.count(b"200 OK") == 2
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        GET + b"X-Long: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        GET + b"X: y\r\n" * MAX_HEADERS + b"\r\n",
+        b"GET /" + b"a" * 50_000 + b" HTTP/1.1\r\nX: " + b"y" * 20_000 + b"\r\n\r\n",
+    ],
+    ids=["bytes", "count", "path"],
+)
+async def test_large_heads_S6(port: int, head: bytes) -> None:
+    answer = await talk(port, head)
+    assert refusal(answer) == (431, "headers_too_large")
+
+
+async def test_endless_heads_S6(port: int) -> None:
+    line = b"X-%d: " + b"a" * 8000 + b"\r\n"
+    answer = await talk(port, GET, *(line % i for i in range(40)))
+    assert answer == b"" or refusal(answer) == (431, "headers_too_large")
+    value = await talk(port, GET + b"X: ", *[b"a" * 8000] * 40)
+    assert value == b"" or refusal(value) == (431, "headers_too_large")
+
+
+async def test_what_is_no_http(port: int) -> None:
+    answer = await talk(port, b"\x16\x03\x01 hello\r\n\r\n")
+    assert refusal(answer) == (400, "invalid_http")
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HT", GET + b"X: y"])
+async def test_slow_heads(port: int, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.05)
+    assert await talk(port, begun) == b""
+
+
+async def test_time_ends_with_the_head(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.05)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\n")
+    await asyncio.sleep(0.2)
+    writer.write(b"x")
+    assert b"200 OK" in await reader.read()
+    writer.close()
