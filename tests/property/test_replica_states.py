@@ -28,6 +28,7 @@ from engine.protocol import (
     StepOutput,
     Submit,
     ToEngine,
+    Vocabulary,
     decode_to_engine,
     encode,
     pack_tokens,
@@ -56,6 +57,13 @@ class Placement:
     salt = b""
     priority = 0
 
+    def __init__(self, grammar: str) -> None:
+        self.grammar = grammar
+
+
+def vocabulary(model: str, vocab_size: int, epoch: int) -> Vocabulary:
+    return Vocabulary(epoch, pack_tokens([0] * vocab_size), b"", (), ())
+
 
 class Engine:
     """What a well-behaved engine of one epoch knows: the sequences it must end."""
@@ -65,6 +73,7 @@ class Engine:
         self.running: set[int] = set()
         self.alive = True
         self.frozen = False
+        self.knows_vocabulary = False
 
     @property
     def identity(self) -> bytes:
@@ -81,7 +90,9 @@ class ReplicaLives(RuleBasedStateMachine):
         self.table = StreamTable()
         self.engines: dict[int, Engine] = {}
         self.history: list[Engine] = []
-        self.fleet = Fleet(["m"] * REPLICAS, self.table, self, Metrics(), lambda: self.now)
+        self.fleet = Fleet(
+            ["m"] * REPLICAS, self.table, self, Metrics(), lambda: self.now, vocabulary
+        )
         self.states = {r.index: r.state for r in self.fleet.replicas}
         self.fleet.subscribe(self.on_change)
 
@@ -101,7 +112,11 @@ class ReplicaLives(RuleBasedStateMachine):
         match message:
             case Submit():
                 assert message.id not in engine.running
+                assert engine.knows_vocabulary or not message.grammar
                 engine.running.add(message.id)
+            case Vocabulary():
+                assert not engine.knows_vocabulary, "told twice"
+                engine.knows_vocabulary = True
             case Abort():
                 engine.running.difference_update(message.ids)
             case _:
@@ -198,13 +213,13 @@ class ReplicaLives(RuleBasedStateMachine):
     def open(self, max_new: int) -> Stream:
         return self.fleet.open([1, 2, 3], max_new)
 
-    @rule(stream=streams, index=st.integers(0, REPLICAS - 1))
-    def submit(self, stream: Stream, index: int) -> None:
+    @rule(stream=streams, index=st.integers(0, REPLICAS - 1), grammar=st.sampled_from(["", "g"]))
+    def submit(self, stream: Stream, index: int, grammar: str) -> None:
         fresh = stream.submitted_s is None or stream.lost
         is_open = any(s is stream for s in self.table)
         if fresh and is_open and stream.replica is None and len(stream.tokens) < stream.max_new:
             was_ready = self.states[index] == "ready"
-            given = self.fleet.submit(stream, index, Placement())
+            given = self.fleet.submit(stream, index, Placement(grammar))
             assert not given or was_ready
             if given and stream.lost:
                 stream.reopen()

@@ -31,9 +31,10 @@ from engine.protocol import (
     unpack_floats,
 )
 from tests.engine_process import EPOCH, FAKE, ROOT, EngineProcess, engine_process, start
+from tests.grammars import byte_vocabulary
 from tools.fake_batch import fake_embedding
 from tools.fake_script import load_script
-from tools.tiny_model import EOS_ID, encode_text
+from tools.tiny_model import EOS_ID, VOCAB_SIZE, encode_text
 
 
 @pytest.fixture
@@ -400,3 +401,19 @@ def test_embeddings(path: Path) -> None:
         assert answers[2].embeddings == answers[3].embeddings == []
         engine.submit(4, "poison", 0, pooling=Pooling())
         assert engine.wait() == 7
+
+
+def test_grammars_are_noted_and_change_nothing(path: Path, tmp_path: Path) -> None:
+    log = tmp_path / "grammars"
+    with play(path, rules({"match": "bound", "reply": "abc"}, grammar_log=str(log))) as engine:
+        engine.ready()
+        engine.send(byte_vocabulary(EPOCH))
+        engine.submit(1, "bound", grammar="start: /[0-9]+/")
+        engine.submit(2, "bound")
+        answers = engine.finish([1, 2])
+        assert answers[1].text == answers[2].text == "abc"
+    where = {"replica": 0, "epoch": EPOCH}
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        where | {"ids": VOCAB_SIZE, "eos": [EOS_ID]},
+        where | {"id": 1, "grammar": "start: /[0-9]+/"},
+    ]

@@ -8,13 +8,14 @@ import random
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import cpu, serve, workloads
+from bench import cpu, serve, structured, workloads
 from bench.baseline import Seconds, Task, time_all
 from bench.client import (
     BadResponse,
@@ -38,6 +39,7 @@ from bench.report import (
     summarize,
 )
 from bench.workloads import Lengths, Shape, parse_lengths
+from tests.demo_model import demo_model
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -450,3 +452,13 @@ def test_imports_no_torch() -> None:
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_cost_of_grammars_is_measured(tmp_path: Path) -> None:
+    demo_model()
+    words = ["--streams", "2", "--tokens", "4", "--rounds", "1", "--save", str(tmp_path / "s.json")]
+    assert structured.main(words) in (0, 1)  # how much it is says little here
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert (len(found["free"]), len(found["bound"])) == (1, 1)
+    assert found["free"][0]["tokens"] == found["bound"][0]["tokens"] == 6
