@@ -9,6 +9,7 @@ import pytest
 
 from engine.grammar import GrammarError, Grammars, Matcher, StepMasks, freely_cut
 from engine.protocol import BadFrame, Vocabulary, pack_tokens
+from router.text import grammar as router_grammar
 from tests.fakes import forbidden
 from tests.grammars import (
     ANY_DIGITS,
@@ -196,3 +197,21 @@ def test_few_compiled_grammars_are_kept() -> None:
     for number in range(40):
         assert not grammars.matcher(f'start: "{number}"', [], (), 0).complete
     assert len(grammars._roots) == 32
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_what_the_router_writes_compiles_and_is_freely_cut(thinks: bool) -> None:
+    """Every form of it, and behind a thinking block too."""
+    forms = {
+        router_grammar.json_schema_grammar(PEOPLE): '{"name": "A", "age": 3, "tags": []}',
+        router_grammar.json_object_grammar(): '{"a": [1, 2.5, null]}',
+        router_grammar.regex_grammar(r"\d{3}-[a-z]"): "123-x",
+        router_grammar.choice_grammar(["yes", "no"]): "no",
+        router_grammar.lark_grammar('start: "a" DIGITS\nDIGITS: /[0-9]{2}/\n'): "a12",
+    }
+    for grammar, text in forms.items():
+        before = "hm</think>\n" if thinks else ""
+        bound = router_grammar.after_thinking(grammar, "</think>") if thinks else grammar
+        # The tokens of `</think>` are its letters here, as the tag is a text of this vocabulary.
+        letters = [FIRST_BYTE + byte for byte in (before + text).encode()]
+        assert byte_grammars().matcher(bound, letters, (EOS_ID,), 0).complete
