@@ -182,7 +182,7 @@ def _fault_of_first_steps(grammar: str, limits: Any) -> str | None:
 
     # Without slices, which only speed up large vocabularies, this takes 0.1 ms.
     tokenizer = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    matcher = LLMatcher(tokenizer, _unforced(grammar), log_level=0, limits=limits)
     for step in range(_TRIED_STEPS):
         mask = int.from_bytes(matcher.compute_bitmask(), "little") if not matcher.is_error() else 0
         if matcher.is_error():
@@ -192,6 +192,20 @@ def _fault_of_first_steps(grammar: str, limits: Any) -> str | None:
             break
         matcher.consume_token(allowed[step * 97 % len(allowed)])
     return None
+
+
+def _unforced(grammar: str) -> str:
+    """The same, without looking for text that must follow: for `/x+/ /x+/` that search never ends,
+    because the first pattern takes every x. The engine does without it too.
+    """
+    option = '%llguidance {"no_forcing": true}\n'
+    if not grammar.startswith("{"):
+        return option + grammar
+    parts = json.loads(grammar)["grammars"]
+    for part in parts:
+        if part.get("lark_grammar"):
+            part["lark_grammar"] = option + part["lark_grammar"]
+    return json.dumps({"grammars": parts})
 
 
 def _reason(complaint: str) -> str:

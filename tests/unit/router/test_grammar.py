@@ -51,7 +51,7 @@ def test_random_texts_satisfy_the_schema(name: str, sampler: Sampler) -> None:
     schema = SCHEMAS[name]
     grammar = json_schema_grammar(schema)
     rng = random.Random(name)
-    for _ in range(4):
+    for _ in range(2):
         text, ended = sampler.draw(grammar, rng)
         if ended:
             assert faults(schema, text) == [], text
@@ -384,6 +384,12 @@ def test_lark_and_gbnf(sampler: Sampler) -> None:
     gbnf = lark_grammar('root ::= "a" num ("," num)*\nnum ::= [0-9]+ # digits\n')
     assert sampler.accepts(gbnf, "a1,22")
     assert not sampler.accepts(gbnf, "a1,")
+
+
+def test_a_grammar_whose_text_is_forced_for_ever_is_judged_all_the_same() -> None:
+    lark_grammar("start: /x+/ /x+/")
+    lark_grammar("start: a{3}\na: /x+/")
+    regex_grammar("x+")
 
 
 @pytest.mark.parametrize(
