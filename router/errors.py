@@ -11,7 +11,6 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         ModelNotFound          404 model_not_found
         RouteNotFound          404 not_found
         MethodNotAllowed       405 method_not_allowed
-        RequestTimeout         408 request_timeout
         PayloadTooLarge        413 request_too_large
         UnsupportedMediaType   415 unsupported_media_type
         RateLimited            429 slow_down
@@ -19,6 +18,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         EngineFailed           500 internal_error
           Quarantined            500 request_quarantined
         Overloaded             503 server_is_overloaded
+        RequestTimeout         504 request_timeout
         ClientGone             499, never answered: there is nobody left to read it
       GrammarError           what an answer should look like cannot be enforced; no field known yet
       StartError             command line, configuration, port, device: exit code and one sentence
@@ -150,10 +150,10 @@ class MethodNotAllowed(RequestError):
 
 
 class RequestTimeout(RequestError):
-    """The request's time limit passed before its answer began."""
+    """The operator's time limit passed. Not 408, which would say that the client was slow."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, status=408, type="timeout_error", code="request_timeout")
+        super().__init__(message, status=504, type="timeout_error", code="request_timeout")
 
 
 class PayloadTooLarge(RequestError):

@@ -649,7 +649,7 @@ async def test_a_death_is_not_seen_240(router: Router, stream: bool) -> None:
 async def test_time_limit(folder: Path) -> None:
     async with router_parts(folder, plays, settings=FlowSettings(request_timeout_s=0.1)) as router:
         answer = await chat(router.app, "silent")
-        assert (answer.status, error(answer)["code"]) == (408, "request_timeout")
+        assert (answer.status, error(answer)["code"]) == (504, "request_timeout")
         streamed = await chat(router.app, "hangs", stream=True)
         assert streamed.events()[-1]["error"]["code"] == "request_timeout"
         assert streamed.ended

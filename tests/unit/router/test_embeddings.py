@@ -377,7 +377,7 @@ async def test_the_time_limit(folder: Path) -> None:
     settings = FlowSettings(request_timeout_s=0.1)
     async with router_parts(folder, plays, settings=settings) as router:
         answer = await embed(router, ["fine", "hangs"])
-        assert (answer.status, answer.json()["error"]["code"]) == (408, "request_timeout")
+        assert (answer.status, answer.json()["error"]["code"]) == (504, "request_timeout")
 
 
 async def test_the_end_of_the_server_cuts_it(router: Router) -> None:
