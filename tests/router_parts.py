@@ -55,6 +55,7 @@ class Play:
 
     `stop`: the end is a stop token (counted, sent last). `dies_at`: the engine is lost before this
     many tokens are out (-1 never), as often as `deaths` says. `waits`: nothing after the steps.
+    `gate`: the first step waits for it.
     """
 
     steps: Sequence[Sequence[int]]
@@ -63,11 +64,17 @@ class Play:
     deaths: int = 1
     waits: bool = False
     error: str = ""
+    gate: asyncio.Event | None = None
 
 
 def text_play(*texts: str, stop: bool = True) -> Play:
     """One step for each text."""
     return Play([encode_text(text) for text in texts], stop=stop)
+
+
+def token_logprob(token: int) -> float:
+    """The made-up log-probability of a token, exact in float32."""
+    return -(token % 8) / 4
 
 
 @dataclass
@@ -78,12 +85,15 @@ class LoopbackEngines:
     fleet: Fleet | None = None
     submits: list[Submit] = field(default_factory=list)
     vocabularies: list[Vocabulary] = field(default_factory=list)
+    sent_to: set[bytes] = field(default_factory=set)  # engines that got one
     aborted: list[int] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
     restarts: bool = True
     embedding_size: int = EMBEDDING_SIZE
     max_len: int = MAX_LEN
+    vocab_size: int = VOCAB_SIZE
+    logprob: Callable[[int], float] = token_logprob
     tokens_running: int = 0  # of texts to be embedded
     most_running: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -93,6 +103,7 @@ class LoopbackEngines:
         message = protocol.decode_to_engine(frame)
         if isinstance(message, Submit):
             self.submits.append(message)
+            self.sent_to.add(identity)
             task = asyncio.ensure_future(self._run(identity, message))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -109,7 +120,8 @@ class LoopbackEngines:
         epoch = self.fleet.replicas[replica].epoch + 1
         identity = f"engine-{replica}-{epoch}".encode()
         self.fleet.start(replica, epoch, identity)
-        limits = Limits(self.max_len, VOCAB_SIZE, 32, 100, 64, embedding_size=self.embedding_size)
+        size = self.embedding_size
+        limits = Limits(self.max_len, self.vocab_size, 32, 100, 64, embedding_size=size)
         ready = Ready(epoch, protocol.PROTOCOL_VERSION, limits)
         self.fleet.receive(identity, protocol.encode(ready))
 
@@ -132,6 +144,8 @@ class LoopbackEngines:
         started: tuple[Started, ...] = (Started(submit.id, min(32, num_prompt - 1)),)
         if submit.sampling.prompt_logprobs >= 0:
             await self._tell_prompt(identity, submit, tokens[:num_prompt])
+        if play.gate is not None:
+            await play.gate.wait()
         out, made = 0, 0
         for step in play.steps:
             await asyncio.sleep(0)
@@ -206,7 +220,7 @@ class LoopbackEngines:
                     asyncio.get_running_loop().call_later(0.01, self.start, replica.index)
 
     async def _tell_prompt(self, identity: bytes, submit: Submit, prompt: list[int]) -> None:
-        told = _logprobs(submit.id, 1, prompt[1:], submit.sampling.prompt_logprobs)
+        told = self._logprobs(submit.id, 1, prompt[1:], submit.sampling.prompt_logprobs)
         self._send(
             identity, StepOutput(self._epoch(identity), 1, (), (), b"", prompt_logprobs=(told,))
         )
@@ -223,7 +237,7 @@ class LoopbackEngines:
         if finish:
             self.running.discard(submit.id)
         k = submit.sampling.logprobs
-        logprobs = (_logprobs(submit.id, position, new, k),) if k >= 0 and new else ()
+        logprobs = (self._logprobs(submit.id, position, new, k),) if k >= 0 and new else ()
         self._send(
             identity,
             StepOutput(
@@ -238,28 +252,22 @@ class LoopbackEngines:
             ),
         )
 
+    def _logprobs(self, id_: int, start: int, tokens: list[int], k: int) -> Logprobs:
+        top = [(token + i) % self.vocab_size for token in tokens for i in range(k)]
+        return Logprobs(
+            id_,
+            start,
+            protocol.pack_floats([self.logprob(token) for token in tokens]),
+            protocol.pack_tokens(top),
+            protocol.pack_floats([-float(i) for _ in tokens for i in range(k)]),
+        )
+
     def _epoch(self, identity: bytes) -> int:
         return int(identity.rpartition(b"-")[2])
 
     def _send(self, identity: bytes, message: StepOutput) -> None:
         assert self.fleet is not None
         self.fleet.receive(identity, protocol.encode(message))
-
-
-def token_logprob(token: int) -> float:
-    """The made-up log-probability of a token, exact in float32."""
-    return -(token % 8) / 4
-
-
-def _logprobs(id_: int, start: int, tokens: list[int], k: int) -> Logprobs:
-    top = [(token + i) % VOCAB_SIZE for token in tokens for i in range(k)]
-    return Logprobs(
-        id_,
-        start,
-        protocol.pack_floats([token_logprob(token) for token in tokens]),
-        protocol.pack_tokens(top),
-        protocol.pack_floats([-float(i) for _ in tokens for i in range(k)]),
-    )
 
 
 @dataclass
@@ -316,7 +324,12 @@ async def router_parts(
         thinking=thinking_of(text, ""),
     )
     metrics, table = Metrics(), StreamTable()
-    engines = LoopbackEngines(plays, embedding_size=embedding_size, max_len=max_len)
+    engines = LoopbackEngines(
+        plays,
+        embedding_size=embedding_size,
+        max_len=max_len,
+        vocab_size=text.tokenizer.vocab_size,
+    )
     served = ModelTable([model])
     vocabularies = vocabulary_of(served)
     fleet = Fleet([MODEL] * replicas, table, engines, metrics, time.monotonic, vocabularies)

@@ -1,0 +1,39 @@
+"""Cases of the kind finish: why a choice ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cases.asking import Scripted, body, content, events, finishes, long_play
+from tests.router_parts import chat, complete, text_play
+
+
+async def test_case_042_length_means_max_tokens(engine: Scripted) -> None:
+    async with engine(long_play(100)) as router:
+        for ask in (chat, complete):
+            answer = body(await ask(router.app, max_tokens=50))
+            assert answer["choices"][0]["finish_reason"] == "length"
+            assert answer["usage"]["completion_tokens"] == 50
+            assert content(await ask(router.app, max_tokens=50)) == "x" * 50
+    async with engine(text_play("short")) as router:
+        answer = body(await chat(router.app, max_tokens=50))
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] < 50
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_case_043_one_finish_a_choice_at_its_end(engine: Scripted, n: int) -> None:
+    async with engine(text_play("a", "b")) as router:
+        for ask in (chat, complete):
+            answer = await ask(router.app, stream=True, n=n)
+            for index in range(n):
+                assert finishes(answer, index) == ["stop"]
+                choices = [c for e in events(answer) for c in e["choices"] if c["index"] == index]
+                assert choices[-1]["finish_reason"] == "stop"
+
+
+async def test_case_045_also_with_logprobs(engine: Scripted) -> None:
+    async with engine(text_play("a", "b")) as router:
+        answer = await chat(router.app, stream=True, logprobs=True, top_logprobs=1)
+        assert finishes(answer) == ["stop"]
+        assert finishes(await complete(router.app, stream=True, logprobs=1)) == ["stop"]
