@@ -15,7 +15,7 @@ import openai
 from starlette.types import ASGIApp
 
 from tests.router_parts import MODEL, Answer, Play, Router, call, chat, complete
-from tools.tiny_model import encode_text, write_tiny_model
+from tools.tiny_model import CHAT_TEMPLATE, encode_text, write_tiny_model
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DEMO, TINY = "smollm2-135m", "tiny"
@@ -201,3 +201,52 @@ def raw_connection(url: str, payload: bytes, *headers: str) -> Iterator[Any]:
         ]
         connection.sendall("\r\n".join([*head, "", ""]).encode() + payload)
         yield connection
+
+
+# -- tools and thinking
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+}
+LOOK: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": CITY}}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Paris"}}\n</tool_call>'
+# templates of models that think: one lets the model begin, one begins for it
+THINKS = CHAT_TEMPLATE + (
+    "{% if add_generation_prompt and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+)
+OPENS = CHAT_TEMPLATE + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+
+
+def call_deltas(answer: Answer, index: int = 0) -> list[Any]:
+    """The entries of `tool_calls` in one choice's chunks; at most one for each call and chunk."""
+    found: list[Any] = []
+    for event in events(answer):
+        for choice in event["choices"]:
+            entries = choice["delta"].get("tool_calls") or []
+            assert len({entry["index"] for entry in entries}) == len(entries)
+            found += entries if choice["index"] == index else []
+    return found
+
+
+def streamed_calls(answer: Answer) -> list[tuple[str, str]]:
+    """(name, arguments) of the calls of a stream, put together as clients do."""
+    calls: dict[int, list[str]] = {}
+    for entry in call_deltas(answer):
+        function = entry["function"]
+        name, arguments = calls.setdefault(entry["index"], ["", ""])
+        calls[entry["index"]] = [
+            name + function.get("name", ""),
+            arguments + function.get("arguments", ""),
+        ]
+    assert list(calls) == list(range(len(calls)))
+    return [(name, arguments) for name, arguments in calls.values()]
+
+
+def whole_calls(answer: Answer) -> list[tuple[str, str]]:
+    """The same of a whole answer."""
+    calls = body(answer)["choices"][0]["message"].get("tool_calls") or []
+    assert all(entry["type"] == "function" and entry["id"] for entry in calls)
+    return [(entry["function"]["name"], entry["function"]["arguments"]) for entry in calls]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+from typing import Any
 
 import openai
 import pytest
@@ -74,3 +75,43 @@ async def test_case_228_slashes_methods_and_head(engine: Scripted) -> None:
         assert wrong.headers["allow"] == "POST"
         error(await call(router.app, "POST", "/v1/completion", asked), 404)
         assert (await call(router.app, "HEAD", "/health")).status == 200
+
+
+PAGE = "https://chat.example"
+
+
+def open_to_page() -> Any:
+    from router.app import Access
+
+    return Access(KEYS, origins=(PAGE,))
+
+
+async def test_case_220_a_preflight_needs_no_key(engine: Scripted) -> None:
+    wish = {
+        "origin": PAGE,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+    async with engine(HELLO, access=open_to_page()) as router:
+        answer = await call(router.app, "OPTIONS", CHAT, headers=wish)
+        assert answer.status in (200, 204)
+        assert answer.headers["access-control-allow-origin"] == PAGE
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+    async with engine(HELLO, keys=KEYS) as router:  # closed unless it was opened
+        answer = await call(router.app, "OPTIONS", CHAT, headers=wish)
+        assert "access-control-allow-origin" not in answer.headers
+
+
+async def test_case_221_refusals_carry_the_headers_of_cors(engine: Scripted) -> None:
+    async with engine(HELLO, access=open_to_page()) as router:
+        for headers, status in (({}, 401), ({"authorization": "Bearer the-key"}, 200)):
+            answer = await call(
+                router.app, "POST", CHAT, ASKED, headers={"origin": PAGE, **headers}
+            )
+            assert answer.status == status
+            assert answer.headers["access-control-allow-origin"] == PAGE
+        refused = await call(router.app, "POST", CHAT, ASKED, headers={"origin": PAGE})
+        assert error(refused, 401)["code"] == "invalid_api_key"
+        stranger = await call(router.app, "POST", CHAT, ASKED, headers={"origin": "https://x.y"})
+        assert "access-control-allow-origin" not in stranger.headers

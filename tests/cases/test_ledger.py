@@ -1,4 +1,6 @@
-"""Every case of the API corpus has its test, in the module of its kind."""
+"""Every case of the API corpus has its test, in the module of its kind; none is left out but those
+that NOT_YET names.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,9 @@ def test_every_case_has_a_test_in_its_module() -> None:
     tests = found()
     assert [number for number, _ in tests if number not in CASES] == []
     assert [(number, kind) for number, kind in tests if CASES[number].kind != kind] == []
-    missing = set(CASES) - {number for number, _ in tests}
-    assert missing == set(NOT_YET), "write the test, or name the reason in NOT_YET"
+    assert set(CASES) - {number for number, _ in tests} == set()
 
 
-def test_what_is_not_tested_has_a_reason() -> None:
+def test_what_is_left_out_has_a_reason() -> None:
     assert set(NOT_YET) <= set(CASES)
     assert all(NOT_YET.values())
