@@ -94,7 +94,7 @@ def test_case_178_health_tells_of_a_dead_engine(start: Start) -> None:
     router = start(script={"start_faults": never})
     assert get(f"{router.url}/health").status_code == 200
     os.kill(router.engine_pid(0), signal.SIGKILL)
-    wait_for(lambda: get(f"{router.url}/health").status_code != 200, 5)
+    wait_for(lambda: get(f"{router.url}/health").status_code != 200, 20)
     overloaded(get(f"{router.url}/health"))
     assert get(f"{router.url}/health/live").status_code == 200
 

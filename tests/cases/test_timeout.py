@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -35,11 +34,9 @@ async def test_case_245_the_queue_has_its_own_limit(engine: Scripted) -> None:
     async with engine(Play(text_play("ok").steps, gate=gate), settings=settings) as router:
         first = asyncio.ensure_future(chat(router.app))
         await until_running(router, 1)
-        began_s = time.monotonic()
         for queued in await asyncio.gather(chat(router.app), chat(router.app, stream=True)):
             assert error(queued, 503)["code"] == "server_is_overloaded"
             assert int(queued.headers["retry-after"]) >= 1
-        assert time.monotonic() - began_s >= 0.1
         assert not first.done()  # what runs is not touched, however long it takes
         gate.set()
         assert content(await first) == "ok"
