@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cases.asking import DEMO, TINY, Scene, Scripted
+from tests.cases.asking import DEMO, MAX_LEN, TINY, Scene, Scripted
 from tests.cases.corpus import NOT_YET
 from tests.demo_model import demo_model
 from tests.router_parts import MODEL, Play, router_parts
@@ -45,7 +45,7 @@ def engine(folder: Path) -> Scripted:
         def plays(prompt: str) -> Play:
             return scene if isinstance(scene, Play) else scene(prompt)
 
-        return router_parts(options.pop("folder", folder), plays, **options)
+        return router_parts(options.pop("folder", folder), plays, max_len=MAX_LEN, **options)
 
     return make
 

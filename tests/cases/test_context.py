@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.cases.asking import (
     CHAT,
     COMPLETIONS,
+    MAX_LEN,
     Scripted,
     assert_alive,
     body,
@@ -13,7 +14,7 @@ from tests.cases.asking import (
     error,
     long_play,
 )
-from tests.router_parts import MAX_LEN, chat, complete, text_play
+from tests.router_parts import chat, complete, text_play
 
 TOO_LONG = "x" * (MAX_LEN + 88)
 

@@ -9,8 +9,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cases.asking import TINY, Scripted, assert_alive, body, error, openai_client, post
-from tests.router_parts import EMBEDDING_SIZE, MAX_LEN, MODEL, text_play
+from tests.cases.asking import (
+    MAX_LEN,
+    TINY,
+    Scripted,
+    assert_alive,
+    body,
+    error,
+    openai_client,
+    post,
+)
+from tests.router_parts import EMBEDDING_SIZE, MODEL, text_play
 from tests.serving import Server
 
 EMBEDDINGS = "/v1/embeddings"

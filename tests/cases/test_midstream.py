@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from router.flow import FlowSettings
-from tests.cases.asking import Scripted, error, events, joined, openai_client, user
-from tests.router_parts import MAX_LEN, MODEL, Play, chat, complete, text_play
+from tests.cases.asking import MAX_LEN, Scripted, error, events, joined, openai_client, user
+from tests.router_parts import MODEL, Play, chat, complete, text_play
 from tools.tiny_model import encode_text
 
 BREAKS = Play([[token] for token in encode_text("abc")], error="/secret/inner.py")
