@@ -134,11 +134,11 @@ def test_case_076_a_real_model_is_bound_to_call(real: Server) -> None:
     }
     asked = {"model": TINY, "messages": [user("A poem, please.")], "tools": [tool]}
     for seed in range(3):
-        fields = {"tool_choice": NAMED, "seed": seed, "max_tokens": 64}
+        fields = {"tool_choice": NAMED, "seed": seed, "max_tokens": 200}
         answer = httpx.post(real.url + CHAT, json={**asked, **fields}, timeout=60)
         assert answer.status_code == 200, answer.text
         (given,) = answer.json()["choices"]
-        assert given["finish_reason"] in ("tool_calls", "stop")
+        assert given["finish_reason"] == "tool_calls"
         (made,) = given["message"]["tool_calls"]
         assert made["function"]["name"] == "look"
         assert json.loads(made["function"]["arguments"])["city"] in choice["enum"]
