@@ -20,6 +20,7 @@ from tools.tiny_model import CHAT_TEMPLATE, encode_text, write_tiny_model
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DEMO, TINY = "smollm2-135m", "tiny"
 MAX_LEN = 2048  # of the scripted engines: tools take room in a prompt of bytes
+KEY = "cases-key"  # of the process that all cases share
 REPLACEMENT = "\ufffd"  # what a broken character becomes
 
 Scene = Play | Callable[[str], Play]

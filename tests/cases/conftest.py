@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.cases.asking import DEMO, MAX_LEN, TINY, Scene, Scripted
+from tests.cases.asking import DEMO, KEY, MAX_LEN, TINY, Scene, Scripted
 from tests.cases.corpus import NOT_YET
 from tests.demo_model import demo_model
 from tests.router_parts import MODEL, Play, router_parts
 from tests.router_process import Start, starting
 from tests.serving import Server, serve
 from tools.tiny_model import write_tiny_model
-
-KEY = "cases-key"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

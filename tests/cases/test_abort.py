@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cases.asking import CHAT, DEMO, TINY, Scripted, post, raw_connection, user
-from tests.cases.conftest import KEY
+from tests.cases.asking import CHAT, DEMO, KEY, TINY, Scripted, post, raw_connection, user
 from tests.router_parts import Play, text_play
 from tests.serving import Server, wait_for
 

@@ -12,8 +12,16 @@ import psutil
 import pytest
 
 from router.api.http import MAX_BODY_BYTES
-from tests.cases.asking import CHAT, COMPLETIONS, Scripted, assert_alive, error, error_object, user
-from tests.cases.conftest import KEY
+from tests.cases.asking import (
+    CHAT,
+    COMPLETIONS,
+    KEY,
+    Scripted,
+    assert_alive,
+    error,
+    error_object,
+    user,
+)
 from tests.router_parts import MODEL, call, text_play
 from tests.serving import Server
 
