@@ -92,7 +92,11 @@ class BadRequest(RequestError):
 
 
 class ContextLengthExceeded(BadRequest):
-    """The prompt leaves no room for a single new token."""
+    """The prompt leaves no room for a single new token.
+
+    `message` says "prompt is too long" and "this model's maximum context length is": langchain and
+    litellm know the error by these words, not by its code.
+    """
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="context_length_exceeded")

@@ -176,8 +176,8 @@ class Flow:
         max_len = self.max_len(model)
         if num_tokens >= max_len:
             raise ContextLengthExceeded(
-                f"This model's context length is {max_len} tokens, the prompt has {num_tokens}; "
-                "at least one must be left for the answer.",
+                f"The prompt is too long: this model's maximum context length is {max_len} tokens, "
+                f"the prompt has {num_tokens}; at least one must be left for the answer.",
                 param=param,
             )
 

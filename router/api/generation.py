@@ -191,7 +191,7 @@ def _refuse_endless(model: ServedModel, num_chars: int, *, param: str) -> None:
     """Refuses what cannot fit before it costs a thread seconds to tokenize."""
     if num_chars > model.max_chars:
         raise ContextLengthExceeded(
-            f"This model's context length is {model.max_len} tokens; the prompt has {num_chars} "
-            "characters, far more than can fit.",
+            f"The prompt is too long: this model's maximum context length is {model.max_len} "
+            f"tokens, the prompt has {num_chars} characters, far more than can fit.",
             param=param,
         )
