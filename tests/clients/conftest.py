@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from functools import cache
 
 import httpx
 import pytest
 
+from tests.clients.runs import Results, play
 from tests.clients.script import KEY, MODEL, SCRIPT
 from tests.serving import serve
 from tools.tiny_model import write_tiny_model
@@ -24,9 +24,6 @@ class Endpoint:
     full_url: str
     key: str
     model: str
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +55,14 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty home for the clients."""
-    return tmp_path_factory.mktemp("home")
+def played(
+    endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Results]:
+    """The results of a client by its name; each is played once."""
+    home = tmp_path_factory.mktemp("home")
+
+    @cache
+    def of(client: str) -> Results:
+        return play(client, home, asdict(endpoint))
+
+    return of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,14 +32,33 @@ _OFFLINE = {
 }
 
 
-class Results:
-    """What the cases of one script gave, by their names."""
+# Who is played: the environment and the script.
+CLIENTS = {
+    "openai 3": ("main", "openai_sdk.py"),
+    "openai 2": ("agents", "openai_sdk.py"),
+    "openai 1": ("openai1", "openai_sdk.py"),
+    "openai for node": ("node", "openai_node.mjs"),
+    "langchain": ("main", "langchain_chat.py"),
+    "langchain with openai 2": ("agents", "langchain_chat.py"),
+    "llama-index": ("agents", "llama_index_like.py"),
+    "litellm": ("agents", "litellm_proxy.py"),
+    "autogen": ("agents", "autogen_client.py"),
+    "anthropic 2": ("main", "anthropic_sdk.py"),
+    "anthropic 0": ("openai1", "anthropic_sdk.py"),
+}
 
-    def __init__(self, results: Mapping[str, Any]) -> None:
+
+class Results:
+    """What the cases of one script gave, by their names; `crash` is why there are none."""
+
+    def __init__(self, results: Mapping[str, Any], crash: str = "") -> None:
         self._results = results
+        self._crash = crash
 
     def __getitem__(self, case: str) -> Any:
-        """Fails the test if that case ended in an exception of its own."""
+        """Fails the test if that case, or the script, ended in an exception of its own."""
+        if self._crash:
+            pytest.fail(f"the client's script failed:\n{self._crash}", pytrace=False)
         result = self._results[case]
         if isinstance(result, dict) and "crashed" in result:
             pytest.fail(f"the client's case {case!r} failed:\n{result['crashed']}", pytrace=False)
@@ -55,14 +75,23 @@ def environment(name: str) -> Path:
     return folder
 
 
-def python_of(name: str) -> Path:
-    """The interpreter of an environment."""
-    return Path(sys.executable) if name == "main" else environment(name) / "bin" / "python"
+def play(client: str, home: Path, settings: Mapping[str, Any]) -> Results:
+    """Runs one of `CLIENTS` once, with `settings`; `home` stands in for the user's folder."""
+    name, script = CLIENTS[client]
+    if name == "main":
+        return run([sys.executable, str(SCRIPTS / script)], home, settings)
+    folder = environment(name)
+    if name != "node":
+        return run([str(folder / "bin" / "python"), str(SCRIPTS / script)], home, settings)
+    node = shutil.which("node")
+    assert node is not None, "node was there when tools/clients ran"
+    copy = folder / script  # node looks for packages from the script's own folder upwards
+    shutil.copyfile(SCRIPTS / script, copy)
+    return run([node, str(copy)], home, settings)
 
 
-def play(command: list[str], home: Path, **settings: Any) -> Results:
-    """Runs a script with `settings` on its standard input. `home` stands in for the user's."""
-    home.mkdir(exist_ok=True)
+def run(command: list[str], home: Path, settings: Mapping[str, Any]) -> Results:
+    """The script's last line is its answer; a client may print lines of its own before it."""
     done = subprocess.run(
         command,
         input=json.dumps(settings),
@@ -72,10 +101,6 @@ def play(command: list[str], home: Path, **settings: Any) -> Results:
         timeout=LIMIT_S,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return Results(json.loads(done.stdout))
-
-
-def play_python(name: str, script: str, home: Path, **settings: Any) -> Results:
-    """Runs one of `scripts/` with the Python of environment `name`."""
-    return play([str(python_of(name)), str(SCRIPTS / script)], home, **settings)
+    if done.returncode != 0:
+        return Results({}, done.stderr[-5000:])
+    return Results(json.loads(done.stdout.splitlines()[-1]))

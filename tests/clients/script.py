@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from engine.protocol import Pooling, unpack_floats
+from tools.fake_batch import fake_embedding
+from tools.tiny_model import encode_text
+
 MODEL = "tiny"
 KEY = "secret-key"
 HELLO = "Hello there"
@@ -25,6 +29,7 @@ SCRIPT: dict[str, Any] = {
         {"match": {"contains": "twenty-one"}, "reply": AFTER_TOOL},
         {"match": {"contains": "both cities"}, "reply": f"{_call(CALL)}\n{_call(SECOND_CALL)}"},
         {"match": {"contains": "the weather"}, "reply": _call(CALL)},
+        {"match": {"contains": "as a City"}, "reply": _call({"name": "City", "arguments": CITY})},
         {"match": {"contains": "as JSON"}, "reply": json.dumps(CITY)},
         {"match": {"contains": "emoji"}, "reply": EMOJI},
         {"match": {"contains": "fails"}, "reply": "abc", "finish": "error", "detail": "inner"},
@@ -33,3 +38,8 @@ SCRIPT: dict[str, Any] = {
         {"match": "*", "reply": HELLO},
     ]
 }
+
+
+def vector_of(text: str) -> list[float]:
+    """The embedding that the scripted engine makes of a text."""
+    return list(unpack_floats(fake_embedding(encode_text(text), Pooling(), 8)))

@@ -23,7 +23,7 @@ def run(*cases: Callable[[Settings], Any]) -> None:
             results[case.__name__] = case(settings)
         except Exception:  # noqa: BLE001 - it is the result
             results[case.__name__] = {"crashed": traceback.format_exc()}
-    json.dump(results, sys.stdout)
+    sys.stdout.write(f"\n{json.dumps(results)}\n")
 
 
 def raised(call: Callable[[], Any]) -> dict[str, Any]:

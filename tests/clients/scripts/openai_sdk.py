@@ -7,6 +7,30 @@ from typing import Any
 
 import openai
 from harness import Settings, raised, run
+from pydantic import BaseModel
+
+
+class City(BaseModel):
+    """A city."""
+
+    name: str
+    inhabitants: int
+
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
 
 
 def connect(settings: Settings, **changed: Any) -> openai.OpenAI:
@@ -107,6 +131,111 @@ def embeddings(settings: Settings) -> Any:
     }
 
 
+def tools(settings: Settings) -> Any:
+    client = connect(settings)
+    found = {}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for name, choice in (("auto", "auto"), ("required", "required"), ("named", named)):
+        answer = client.chat.completions.create(
+            model=settings["model"],
+            messages=user("What is the weather?"),
+            tools=[TOOL],
+            tool_choice=choice,
+        )
+        [call] = answer.choices[0].message.tool_calls
+        found[name] = (
+            call.id != "",
+            call.function.name,
+            call.function.arguments,
+            answer.choices[0].finish_reason,
+        )
+    return found
+
+
+def tools_streamed(settings: Settings) -> Any:
+    with connect(settings).chat.completions.stream(
+        model=settings["model"], messages=user("Compare both cities."), tools=[TOOL]
+    ) as stream:
+        kinds = sorted({event.type for event in stream})
+        [choice] = stream.get_final_completion().choices
+    calls = choice.message.tool_calls
+    return {
+        "kinds": kinds,
+        "calls": [(call.function.name, call.function.parsed_arguments) for call in calls],
+        "ids": len({call.id for call in calls}),
+        "finish": choice.finish_reason,
+    }
+
+
+def tool_loop(settings: Settings) -> Any:
+    client = connect(settings)
+    asked = {"model": settings["model"], "tools": [TOOL]}
+    messages = user("What is the weather?")
+    answer = client.chat.completions.create(**asked, messages=messages).choices[0].message
+    messages.append(answer)
+    messages += [
+        {"role": "tool", "tool_call_id": call.id, "content": "twenty-one degrees"}
+        for call in answer.tool_calls
+    ]
+    return client.chat.completions.create(**asked, messages=messages).choices[0].message.content
+
+
+def structured(settings: Settings) -> Any:
+    client = connect(settings)
+    asked = {"model": settings["model"], "messages": user("Oslo as JSON")}
+    whole = client.chat.completions.parse(**asked, response_format=City)
+    with client.chat.completions.stream(**asked, response_format=City) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.get_final_completion()
+    return [answer.choices[0].message.parsed.model_dump() for answer in (whole, streamed)]
+
+
+def responses(settings: Settings) -> Any:
+    client = connect(settings)
+    asked = {"model": settings["model"], "input": "emoji"}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    return {
+        "texts": [whole.output_text, final.output_text],
+        "ends": [kinds[0], kinds[-1]],
+        "status": [whole.status, final.status],
+        "usage": whole.usage.model_dump(),
+    }
+
+
+def responses_tools(settings: Settings) -> Any:
+    client = connect(settings)
+    tool = {"type": "function", **TOOL["function"]}
+    asked = {"model": settings["model"], "input": "What is the weather?", "tools": [tool]}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_response()
+    calls = [
+        [(item.type, item.name, item.arguments) for item in answer.output]
+        for answer in (whole, final)
+    ]
+    result = {
+        "type": "function_call_output",
+        "call_id": whole.output[0].call_id,
+        "output": "twenty-one degrees",
+    }
+    history = [*user("What is the weather?"), *whole.output, result]
+    after = client.responses.create(**{**asked, "input": history})
+    return {"calls": calls, "after": after.output_text}
+
+
+def responses_structured(settings: Settings) -> Any:
+    answer = connect(settings).responses.parse(
+        model=settings["model"], input="Oslo as JSON", text_format=City
+    )
+    return answer.output_parsed.model_dump()
+
+
 def errors(settings: Settings) -> Any:
     client = connect(settings)
     create = client.chat.completions.create
@@ -140,5 +269,12 @@ run(
     completions,
     completions_stream,
     embeddings,
+    tools,
+    tools_streamed,
+    tool_loop,
+    structured,
+    responses,
+    responses_tools,
+    responses_structured,
     errors,
 )
