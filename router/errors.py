@@ -42,11 +42,11 @@ _ANTHROPIC_TYPES: Final = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
-    408: "timeout_error",
     413: "request_too_large",
     415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 MAX_MESSAGE_CHARS: Final = 2000  # keeps every error body under 8 KiB, also with 4-byte characters
