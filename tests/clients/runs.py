@@ -21,7 +21,7 @@ from tests.serving import ROOT
 
 ENVIRONMENTS = ROOT / "build" / "clients"
 SCRIPTS = Path(__file__).parent / "scripts"
-LIMIT_S = 300.0
+LIMIT_S = 300.0  # for one script, and for a test that plays it
 # Nothing may be fetched while a client runs, and nothing of the developer's own may reach it.
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -46,6 +46,7 @@ CLIENTS = {
     "anthropic 2": ("main", "anthropic_sdk.py"),
     "anthropic 0": ("openai1", "anthropic_sdk.py"),
 }
+LM_EVAL = "lm-eval"
 
 
 class Results:
@@ -80,14 +81,20 @@ def play(client: str, home: Path, settings: Mapping[str, Any]) -> Results:
     name, script = CLIENTS[client]
     if name == "main":
         return run([sys.executable, str(SCRIPTS / script)], home, settings)
-    folder = environment(name)
     if name != "node":
-        return run([str(folder / "bin" / "python"), str(SCRIPTS / script)], home, settings)
+        return run_python(name, script, home, settings)
+    folder = environment(name)
     node = shutil.which("node")
     assert node is not None, "node was there when tools/clients ran"
     copy = folder / script  # node looks for packages from the script's own folder upwards
     shutil.copyfile(SCRIPTS / script, copy)
     return run([node, str(copy)], home, settings)
+
+
+def run_python(name: str, script: str, home: Path, settings: Mapping[str, Any]) -> Results:
+    """Runs one of `scripts/` with the Python of environment `name`."""
+    python = environment(name) / "bin" / "python"
+    return run([str(python), str(SCRIPTS / script)], home, settings)
 
 
 def run(command: list[str], home: Path, settings: Mapping[str, Any]) -> Results:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.clients.runs import Results
+from tests.clients.runs import LIMIT_S, Results
 from tests.clients.script import EMOJI, HELLO, MODEL, vector_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
 Played = Callable[[str], Results]
 OPENAI = ("openai 3", "openai 2", "openai 1")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.clients.runs import Results
+from tests.clients.runs import LIMIT_S, Results
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
 Played = Callable[[str], Results]
 OPENAI = ("openai 3", "openai 2", "openai 1")
