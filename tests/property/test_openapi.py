@@ -1,0 +1,154 @@
+"""Requests made from our own /openapi.json, right ones and wrong ones, against the whole router.
+
+Whatever is sent: the status is one that the document names for that route, the body has the form
+that it names for that status, and what is refused has not reached an engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import jsonschema
+import pytest
+import requests
+import schemathesis
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from tests.router_parts import Answer, Router, call, router_parts, text_play
+
+NUM_CASES = 500
+BASE_URL = "http://127.0.0.1"
+# What the transport may refuse before a route is asked, and what hypothesis can do with a path.
+EVERYWHERE = {404, 405}
+
+
+@dataclass(frozen=True)
+class Service:
+    """The router, its loop, and the document that it gives."""
+
+    portal: BlockingPortal
+    router: Router
+    document: dict[str, Any]
+
+    def send(self, case: schemathesis.Case) -> Answer:
+        """The case's request, byte for byte, to the application."""
+        request = requests.Request(**case.as_transport_kwargs(base_url=BASE_URL)).prepare()
+        body = request.body or b""
+        raw = body.encode() if isinstance(body, str) else body
+        headers = {str(name): str(value) for name, value in request.headers.items()}
+        path = unquote(urlsplit(str(request.url)).path)
+        method = str(request.method)
+        send = partial(call, self.router.app, method, path, headers=headers, raw=raw)
+        return self.portal.call(send)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("model")
+    with start_blocking_portal() as portal:
+        parts = router_parts(folder, lambda _: text_play("Hello", " there"))
+        with portal.wrap_async_context_manager(parts) as router:
+            answer: Answer = portal.call(call, router.app, "GET", "/openapi.json")
+            if answer.status == 404:
+                pytest.skip("there is no /openapi.json yet")
+            yield Service(portal, router, answer.json())
+
+
+def resolved(document: dict[str, Any], node: Any) -> Any:
+    """The node, or what it refers to."""
+    while isinstance(node, dict) and "$ref" in node:
+        target = document
+        for key in node["$ref"].removeprefix("#/").split("/"):
+            target = target[key]
+        node = target
+    return node
+
+
+def check_form(document: dict[str, Any], response: Any, answer: Answer) -> None:
+    """The content type is one that is named, and JSON is valid against its schema."""
+    content = resolved(document, response).get("content", {})
+    if not content:
+        return
+    kind = answer.headers["content-type"].partition(";")[0]
+    assert kind in content, f"{kind} is not among {sorted(content)}"
+    if kind == "application/json" and "schema" in content[kind]:
+        schema = {**content[kind]["schema"], "components": document.get("components", {})}
+        jsonschema.Draft202012Validator(schema).validate(answer.json())
+    if kind == "text/event-stream":
+        assert answer.ended
+
+
+def check(service: Service, case: schemathesis.Case) -> None:
+    """One request and everything that must hold for its answer."""
+    submits = service.router.engines.submits
+    before = len(submits)
+    answer = service.send(case)
+    told = f"{answer.status} {answer.body[:300]!r}\n{case.as_curl_command()}"
+    assert answer.status < 500, told
+    responses = case.operation.definition.raw["responses"]
+    named = responses.get(str(answer.status))
+    assert named is not None or answer.status in EVERYWHERE, f"not documented: {told}"
+    if answer.status >= 400:
+        assert len(submits) == before, f"an engine was asked: {told}"
+        assert answer.headers["content-type"] == "application/json", told
+        assert len(answer.body) < 8192, told
+    if named is not None:
+        check_form(service.document, named, answer)
+
+
+def with_names(node: Any, names: list[str]) -> Any:
+    """The document for one who has seen the list of models: any other name is but a 404."""
+    if isinstance(node, list):
+        return [with_names(entry, names) for entry in node]
+    if not isinstance(node, dict):
+        return node
+    changed = {key: with_names(value, names) for key, value in node.items()}
+    if "model" in changed.get("properties", {}):
+        changed["properties"]["model"] = {"enum": names}
+    if changed.get("in") == "path":
+        changed["schema"] = {"enum": names}
+    return changed
+
+
+def operations(service: Service, mode: GenerationMode) -> list[Any]:
+    """All that have something to vary."""
+    document = with_names(service.document, list(service.router.model.names))
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.generation.update(modes=[mode])
+    found = [result.ok() for result in schema.get_all_operations()]
+    return [one for one in found if one.body or (mode.is_positive and one.path_parameters)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_requests_made_from_our_own_document(service: Service, mode: GenerationMode) -> None:
+    chosen = operations(service, mode)
+    assert len(chosen) >= 5
+    num_examples = -(-NUM_CASES // (len(chosen) * len(GenerationMode)))
+    for operation in chosen:
+        fuzz(operation.as_strategy(generation_mode=mode), num_examples, partial(check, service))
+
+
+def fuzz(strategy: Any, num_examples: int, body: Callable[[schemathesis.Case], None]) -> None:
+    """Runs `body` on that many cases; always the same ones in CI."""
+
+    @given(case=strategy)
+    @settings(
+        max_examples=num_examples,
+        derandomize=os.environ.get("HYPOTHESIS_PROFILE") == "ci",
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    def play(case: schemathesis.Case) -> None:
+        body(case)
+
+    play()
