@@ -87,3 +87,37 @@ def test_langchain_sees_that_the_context_is_too_small(played: Played, client: st
 )
 def test_classes_of_litellm(played: Played, case: str, error: str, status: int) -> None:
     check(played("litellm")["errors"][case], error, status, None)
+
+
+@pytest.mark.usefixtures("whole_api")
+@pytest.mark.parametrize(
+    ("case", "error", "status", "kind"),
+    [
+        ("value", "BadRequestError", 400, "invalid_request_error"),
+        ("length", "BadRequestError", 400, "invalid_request_error"),
+        ("key", "AuthenticationError", 401, "authentication_error"),
+        ("model", "NotFoundError", 404, "not_found_error"),
+        ("engine", "InternalServerError", 500, "api_error"),
+        ("in_stream", "APIStatusError", 200, "api_error"),
+    ],
+)
+@pytest.mark.parametrize("client", ["anthropic 2", "anthropic 0"])
+def test_classes_of_anthropic(
+    played: Played, client: str, case: str, error: str, status: int, kind: str
+) -> None:
+    found = played(client)["errors"][case]
+    check(found, error, status, None)
+    assert found["type"] in (kind, None)  # before 2 it was in the body only
+    assert kind in found["message"]
+
+
+@pytest.mark.usefixtures("whole_api")
+@pytest.mark.parametrize(
+    ("client", "error"),
+    [("anthropic 2", "ServiceUnavailableError"), ("anthropic 0", "InternalServerError")],
+)
+def test_no_room_in_anthropic(played: Played, client: str, error: str) -> None:
+    found = played(client)["errors"]["full"]
+    check(found, error, 503, None)
+    assert "overloaded_error" in found["message"]
+    assert int(found["retry_after"]) >= 1

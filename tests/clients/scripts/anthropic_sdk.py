@@ -6,6 +6,15 @@ from typing import Any
 
 import anthropic
 from harness import Settings, raised, run
+from pydantic import BaseModel
+
+
+class City(BaseModel):
+    """A city."""
+
+    name: str
+    inhabitants: int
+
 
 TOOL = {
     "name": "weather",
@@ -99,6 +108,12 @@ def tool_loop(settings: Settings) -> Any:
     return client.messages.create(**asking, tools=[TOOL]).content[0].text
 
 
+def structured(settings: Settings) -> Any:
+    client = connect(settings)
+    answer = client.messages.parse(**asked(settings, "Oslo as JSON"), output_format=City)
+    return answer.parsed_output.model_dump()
+
+
 def errors(settings: Settings) -> Any:
     client = connect(settings)
     hello = asked(settings, "hi")
@@ -110,7 +125,7 @@ def errors(settings: Settings) -> Any:
             return list(events)
 
     return {
-        "value": raised(lambda: client.messages.create(**hello, temperature=3)),
+        "value": raised(lambda: client.messages.create(**hello, extra_body={"temperature": 3})),
         "length": raised(lambda: client.messages.create(**asked(settings, "x" * 10_000))),
         "key": raised(lambda: stranger.messages.create(**hello)),
         "model": raised(lambda: client.messages.create(**{**hello, "model": "nope"})),
@@ -120,4 +135,15 @@ def errors(settings: Settings) -> Any:
     }
 
 
-run(version, create, by_token, stream, ends, tools, tools_streamed, tool_loop, errors)
+run(
+    version,
+    create,
+    by_token,
+    stream,
+    ends,
+    tools,
+    tools_streamed,
+    tool_loop,
+    structured,
+    errors,
+)
