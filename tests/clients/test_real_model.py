@@ -16,11 +16,7 @@ from tests.clients.runs import LIMIT_S
 from tests.demo_model import demo_model
 from tests.serving import Server, serve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(LIMIT_S),
-    pytest.mark.usefixtures("whole_api"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
 MODEL = "smollm2-135m"
 TEXT = "Tell me about a city."
