@@ -115,7 +115,7 @@ def test_case_101_twenty_hot_answers_obey(real: Server) -> None:
     }
 
     def one(seed: int) -> Any:
-        return ask(real, response_format=bound(schema), temperature=1, seed=seed, max_tokens=48)
+        return ask(real, response_format=bound(schema), temperature=1, seed=seed, max_tokens=96)
 
     with ThreadPoolExecutor(10) as pool:
         choices = list(pool.map(one, range(20)))
@@ -142,7 +142,7 @@ def test_case_103_digits_in_a_tools_schema(real: Server) -> None:
         tool_choice="required",
         parallel_tool_calls=False,
         temperature=1,
-        max_tokens=64,
+        max_tokens=200,
     )
     (made,) = choice["message"]["tool_calls"]
     value = json.loads(made["function"]["arguments"])["year"]
