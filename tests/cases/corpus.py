@@ -245,7 +245,4 @@ CASES: Final = {
     number: Case(kind, right) for kind, cases in _BY_KIND.items() for number, right in cases.items()
 }
 
-NOT_YET: Final[dict[int, str]] = {  # number -> why its test is left out
-    **dict.fromkeys((220, 221), "waits for CORS"),
-    **dict.fromkeys((237, 238), "waits for x-api-key"),
-}
+NOT_YET: Final[dict[int, str]] = {}  # number -> why its test is left out

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from typing import Any
 
 import openai
 import pytest
 
 from router import config
+from router.app import Access
 from tests.cases.asking import CHAT, COMPLETIONS, Scripted, body, error, openai_client, user
 from tests.router_parts import MODEL, call, chat, text_play
 
 HELLO = text_play("Hello")
 KEYS = (hashlib.sha256(b"the-key").digest(),)
+PAGE = "https://chat.example"
+OPEN_TO_PAGE = Access(KEYS, origins=(PAGE,))
 ASKED = {"model": MODEL, "messages": [user("hi")]}
 
 
@@ -77,22 +79,13 @@ async def test_case_228_slashes_methods_and_head(engine: Scripted) -> None:
         assert (await call(router.app, "HEAD", "/health")).status == 200
 
 
-PAGE = "https://chat.example"
-
-
-def open_to_page() -> Any:
-    from router.app import Access
-
-    return Access(KEYS, origins=(PAGE,))
-
-
 async def test_case_220_a_preflight_needs_no_key(engine: Scripted) -> None:
     wish = {
         "origin": PAGE,
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization, content-type",
     }
-    async with engine(HELLO, access=open_to_page()) as router:
+    async with engine(HELLO, access=OPEN_TO_PAGE) as router:
         answer = await call(router.app, "OPTIONS", CHAT, headers=wish)
         assert answer.status in (200, 204)
         assert answer.headers["access-control-allow-origin"] == PAGE
@@ -104,7 +97,7 @@ async def test_case_220_a_preflight_needs_no_key(engine: Scripted) -> None:
 
 
 async def test_case_221_refusals_carry_the_headers_of_cors(engine: Scripted) -> None:
-    async with engine(HELLO, access=open_to_page()) as router:
+    async with engine(HELLO, access=OPEN_TO_PAGE) as router:
         for headers, status in (({}, 401), ({"authorization": "Bearer the-key"}, 200)):
             answer = await call(
                 router.app, "POST", CHAT, ASKED, headers={"origin": PAGE, **headers}

@@ -29,7 +29,7 @@ async def until_running(router: Router, number: int) -> None:
 
 
 async def test_case_245_the_queue_has_its_own_limit(engine: Scripted) -> None:
-    settings = FlowSettings(max_concurrency=1, queue_timeout_s=0.1, ping_s=0.02)
+    settings = FlowSettings(max_concurrency=1, queue_timeout_s=0.1)
     gate = asyncio.Event()
     async with engine(Play(text_play("ok").steps, gate=gate), settings=settings) as router:
         first = asyncio.ensure_future(chat(router.app))
@@ -42,6 +42,20 @@ async def test_case_245_the_queue_has_its_own_limit(engine: Scripted) -> None:
         assert content(await first) == "ok"
         await assert_alive(router.app)
     assert resolve(Options(queue_timeout=2.0)).limits.queue_timeout_s == 2
+
+
+async def test_case_245_a_stream_that_was_told_to_wait(engine: Scripted) -> None:
+    """After `ping_s` in the queue it is open, so that the refusal is an event."""
+    settings = FlowSettings(max_concurrency=1, queue_timeout_s=0.2, ping_s=0.02)
+    gate = asyncio.Event()
+    async with engine(Play(text_play("ok").steps, gate=gate), settings=settings) as router:
+        first = asyncio.ensure_future(chat(router.app))
+        await until_running(router, 1)
+        queued = await chat(router.app, stream=True)
+        assert b": ping\n\n" in queued.body
+        assert events(queued)[-1]["error"]["code"] == "server_is_overloaded"
+        gate.set()
+        assert content(await first) == "ok"
 
 
 async def test_case_246_each_of_hundreds_is_answered(engine: Scripted) -> None:
