@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.clients.runs import LIMIT_S, LM_EVAL, Results, environment, run_python
@@ -40,8 +39,6 @@ def server() -> Iterator[Server]:
     demo_model()
     environment("lm-eval")
     with serve("--models", MODEL, "--kv-memory", "500M") as running:
-        if httpx.get(f"{running.url}/tokenizer_info").status_code == 404:
-            pytest.skip("lm-eval needs /tokenizer_info")
         yield running
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +24,41 @@ from schemathesis import GenerationMode
 
 from tests.router_parts import Answer, Router, call, router_parts, text_play
 
-NUM_CASES = 500
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_CASES = 500  # in all
 BASE_URL = "http://127.0.0.1"
 # What the transport may refuse before a route is asked, and what hypothesis can do with a path.
 EVERYWHERE = {404, 405}
+_WORDS = {"type": "string", "minLength": 1, "maxLength": 40, "pattern": "^[a-z ]+$"}
+_ROLES = {"enum": ["user", "assistant"]}
+# Of these fields, where there are several, the first one is given.
+_TEXTS = ("input", "prompt", "messages")
+_SENSIBLE: dict[str, Any] = {
+    "input": _WORDS,
+    "prompt": _WORDS,
+    "messages": {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 4,
+        "items": {
+            "type": "object",
+            "properties": {"role": _ROLES, "content": _WORDS},
+            "required": ["role", "content"],
+            "additionalProperties": False,
+        },
+    },
+    "tokens": {"type": "array", "items": {"type": "integer", "minimum": 16, "maximum": 143}},
+    "max_tokens": {"type": "integer", "minimum": 1, "maximum": 20},
+    "n": {"type": "integer", "minimum": 1, "maximum": 3},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 1},
+    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "stream": {"type": "boolean"},
+    "stop": _WORDS,
+    "echo": {"type": "boolean"},
+    "user": _WORDS,
+    "encoding_format": {"enum": ["float", "base64"]},
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +88,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         parts = router_parts(folder, lambda _: text_play("Hello", " there"))
         with portal.wrap_async_context_manager(parts) as router:
             answer: Answer = portal.call(call, router.app, "GET", "/openapi.json")
-            if answer.status == 404:
-                pytest.skip("there is no /openapi.json yet")
             yield Service(portal, router, answer.json())
 
 
@@ -85,8 +115,8 @@ def check_form(document: dict[str, Any], response: Any, answer: Answer) -> None:
         assert answer.ended
 
 
-def check(service: Service, case: schemathesis.Case) -> None:
-    """One request and everything that must hold for its answer."""
+def check(service: Service, case: schemathesis.Case) -> int:
+    """One request and everything that must hold for its answer. Returns the status."""
     submits = service.router.engines.submits
     before = len(submits)
     answer = service.send(case)
@@ -101,6 +131,7 @@ def check(service: Service, case: schemathesis.Case) -> None:
         assert len(answer.body) < 8192, told
     if named is not None:
         check_form(service.document, named, answer)
+    return answer.status
 
 
 def with_names(node: Any, names: list[str]) -> Any:
@@ -117,27 +148,74 @@ def with_names(node: Any, names: list[str]) -> Any:
     return changed
 
 
-def operations(service: Service, mode: GenerationMode) -> list[Any]:
+def sensible(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with what most programs send, and nothing else."""
+    document = deepcopy(document)
+    for path in document["paths"].values():
+        for operation in path.values():
+            body = operation.get("requestBody")
+            if body is None:
+                continue
+            content = body["content"]["application/json"]
+            known = resolved(document, content["schema"])["properties"]
+            texts = [name for name in _TEXTS if name in known]
+            others = texts[1:]
+            fields = {
+                name: _SENSIBLE.get(name, known[name])
+                for name in known
+                if name == "model" or (name in _SENSIBLE and name not in others)
+            }
+            needed = ("model", *texts[:1], "max_tokens", "tokens")
+            required = [name for name in needed if name in fields]
+            content["schema"] = {
+                "type": "object",
+                "properties": fields,
+                "required": required,
+                "additionalProperties": False,
+            }
+    return document
+
+
+def plain(value: Any) -> Any:
+    """12.0 as 12: to JSON Schema it is an integer, most programs write it so, and we want it so."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def operations(document: dict[str, Any], mode: GenerationMode) -> list[Any]:
     """All that have something to vary."""
-    document = with_names(service.document, list(service.router.model.names))
     schema = schemathesis.openapi.from_dict(document)
     schema.config.generation.update(modes=[mode])
     found = [result.ok() for result in schema.get_all_operations()]
     return [one for one in found if one.body or (mode.is_positive and one.path_parameters)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-def test_requests_made_from_our_own_document(service: Service, mode: GenerationMode) -> None:
-    chosen = operations(service, mode)
+@pytest.mark.parametrize("kind", ["sensible", "described", "wrong"])
+def test_requests_made_from_our_own_document(service: Service, kind: str) -> None:
+    """What programs send, everything that fits the description, and what doesn't fit it."""
+    mode = GenerationMode.NEGATIVE if kind == "wrong" else GenerationMode.POSITIVE
+    document = with_names(service.document, list(service.router.model.names))
+    chosen = operations(sensible(document) if kind == "sensible" else document, mode)
     assert len(chosen) >= 5
-    num_examples = -(-NUM_CASES // (len(chosen) * len(GenerationMode)))
+    statuses: list[int] = []
+
+    def send(case: schemathesis.Case) -> None:
+        if kind == "sensible":
+            case.body = plain(case.body)
+        statuses.append(check(service, case))
+
     for operation in chosen:
-        fuzz(operation.as_strategy(generation_mode=mode), num_examples, partial(check, service))
+        strategy = operation.as_strategy(generation_mode=mode)
+        fuzz(strategy, -(-NUM_CASES // (len(chosen) * 3)), send)
+    assert len(statuses) >= NUM_CASES // 6  # fewer where there are few different ones
+    if kind == "sensible":
+        assert statuses.count(200) > 0.9 * len(statuses)
 
 
-def fuzz(strategy: Any, num_examples: int, body: Callable[[schemathesis.Case], None]) -> None:
+def fuzz(strategy: Any, num_examples: int, body: Callable[[schemathesis.Case], object]) -> None:
     """Runs `body` on that many cases; always the same ones in CI."""
 
     @given(case=strategy)
