@@ -210,7 +210,7 @@ def test_requests_made_from_our_own_document(service: Service, kind: str) -> Non
     for operation in chosen:
         strategy = operation.as_strategy(generation_mode=mode)
         fuzz(strategy, -(-NUM_CASES // (len(chosen) * 3)), send)
-    assert len(statuses) >= NUM_CASES // 6  # fewer where there are few different ones
+    assert len(statuses) >= NUM_CASES // 3
     if kind == "sensible":
         assert statuses.count(200) > 0.9 * len(statuses)
 
