@@ -66,12 +66,3 @@ def played(
         return play(client, home, asdict(endpoint))
 
     return of
-
-
-@pytest.fixture(scope="session")
-def whole_api(endpoint: Endpoint) -> None:
-    """Skips what needs routes and fields that are not there yet."""
-    headers = {"x-api-key": endpoint.key}
-    answer = httpx.post(f"{endpoint.url}/v1/messages", json={}, headers=headers, trust_env=False)
-    if answer.status_code != 400:
-        pytest.skip("/v1/messages, or its key, is not served yet")

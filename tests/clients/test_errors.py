@@ -89,7 +89,6 @@ def test_classes_of_litellm(played: Played, case: str, error: str, status: int) 
     check(played("litellm")["errors"][case], error, status, None)
 
 
-@pytest.mark.usefixtures("whole_api")
 @pytest.mark.parametrize(
     ("case", "error", "status", "kind"),
     [
@@ -111,7 +110,6 @@ def test_classes_of_anthropic(
     assert kind in found["message"]
 
 
-@pytest.mark.usefixtures("whole_api")
 @pytest.mark.parametrize(
     ("client", "error"),
     [("anthropic 2", "ServiceUnavailableError"), ("anthropic 0", "InternalServerError")],

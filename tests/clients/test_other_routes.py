@@ -10,11 +10,7 @@ import pytest
 from tests.clients.runs import LIMIT_S, Results
 from tests.clients.script import AFTER_TOOL, CALL, CITY, EMOJI, HELLO
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(LIMIT_S),
-    pytest.mark.usefixtures("whole_api"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
 Played = Callable[[str], Results]
 OPENAI = ("openai 3", "openai 2", "openai 1")

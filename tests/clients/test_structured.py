@@ -34,7 +34,6 @@ def test_structured(played: Callable[[str], Results], client: str, expected: Any
     assert played(client)["structured"] == expected
 
 
-@pytest.mark.usefixtures("whole_api")
 @pytest.mark.parametrize("client", ["anthropic 2", "anthropic 0"])
 def test_anthropic(played: Callable[[str], Results], client: str) -> None:
     assert played(client)["structured"] == CITY

@@ -60,7 +60,6 @@ def test_llama_index(played: Played) -> None:
     assert found["tools_streamed"] == BOTH[:1]
 
 
-@pytest.mark.usefixtures("whole_api")
 @pytest.mark.parametrize("client", ANTHROPIC)
 def test_anthropic(played: Played, client: str) -> None:
     found = played(client)
