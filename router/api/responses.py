@@ -74,15 +74,18 @@ class Responses:
         fits, that is for the caller to find.
         """
         head, starts = _openings(chat.messages)
-        tails = [head + chat.messages[start:] for start in starts] or [chat.messages]
-        low, high = 0, len(tails) - 1
+        low, high = 0, len(starts) - 1
+
+        def tail(number: int) -> ChatRequest:
+            return _with(chat, head + chat.messages[starts[number] :])
+
         while low < high:
             middle = (low + high) // 2
-            if await self._fits(_with(chat, tails[middle]), model):
+            if await self._fits(tail(middle), model):
                 high = middle
             else:
                 low = middle + 1
-        return _with(chat, tails[low])
+        return tail(low) if starts else chat
 
     async def _fits(self, chat: ChatRequest, model: ServedModel) -> bool:
         try:

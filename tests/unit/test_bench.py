@@ -10,12 +10,13 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import cpu, serve, structured, workloads
+from bench import cpu, edges, serve, structured, workloads
 from bench.baseline import Seconds, Task, time_all
 from bench.client import (
     BadResponse,
@@ -462,3 +463,19 @@ def test_the_cost_of_grammars_is_measured(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "s.json").read_text())
     assert (len(found["free"]), len(found["bound"])) == (1, 1)
     assert found["free"][0]["tokens"] == found["bound"][0]["tokens"] == 6
+
+
+def test_the_largest_gap_that_touches_a_time() -> None:
+    streams = [[0.0, 1.0, 1.1, 5.0], [0.0, 0.5, 1.2]]
+    assert edges.largest_gap_ms(streams, 0.2, 0.9) == pytest.approx(1000)
+    assert edges.largest_gap_ms(streams, 1.05, 2.0) == pytest.approx(3900)
+    with pytest.raises(RuntimeError):
+        edges.largest_gap_ms(streams, 6.0, 7.0)
+
+
+def test_every_absurd_request_is_json_or_meant_not_to_be() -> None:
+    for name, make in edges.CASES.items():
+        path, body = make()
+        assert path.startswith("/v1/")
+        assert len(body) < 32 * 2**20
+        assert "brackets" in name or msgspec.json.decode(body, type=dict[str, msgspec.Raw])
