@@ -7,19 +7,23 @@ the boundary around all routes answers them, before or after the headers.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+import msgspec
 from starlette.types import Send
 
-from router.api.http import send_json
+from router.api.http import send_bytes
 from router.api.sse import DONE, PING, ChunkTemplate, EventStream
 from router.flow import First, Job, Progress, RequestRecord
 from router.text.assembly import Entry, FinishReason
 from router.text.scanner import Delta
+
+LOOP_ITEMS: Final = 5000  # of an answer that is written on the event loop: 10 ms
 
 
 class AnswerForm(Protocol):
@@ -173,7 +177,22 @@ async def answer_whole(
 ) -> None:
     """Runs the generation to its end, then sends one JSON body."""
     choices = await gather(steps, job)
-    await send_json(send, form.whole(choices, usage_of(job.record)))
+    usage = usage_of(job.record)
+
+    def written() -> bytes:
+        return msgspec.json.encode(form.whole(choices, usage))
+
+    is_long = sum(map(_num_items, choices)) > LOOP_ITEMS
+    body = await asyncio.to_thread(written) if is_long else written()
+    await send_bytes(send, body, b"application/json")
+
+
+def _num_items(choice: WholeChoice) -> int:
+    """About how many numbers and names the JSON of a choice holds."""
+    told = choice.first.prompt_logprobs or []
+    rivals = max((len(each.top) for each in told[:1]), default=0)
+    rivals = max((len(each.logprob.top) for each in choice.entries[:1]), default=rivals)
+    return len(choice.tokens) + (len(choice.entries) + len(told)) * (1 + rivals)
 
 
 async def answer_stream(

@@ -942,3 +942,13 @@ async def test_keys_open_and_tenants_are_apart(folder: Path) -> None:
         assert one == same != other
         assert one.endswith(b"s")
         assert (await call(router.app, "GET", "/health")).status == 200
+
+
+async def test_a_long_answer_is_the_same_from_a_thread(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"n": 2, "logprobs": True, "top_logprobs": 2, "seed": 1}
+    short = (await chat(router.app, **fields)).json()
+    monkeypatch.setattr("router.api.answer.LOOP_ITEMS", 10)
+    long = (await chat(router.app, **fields)).json()
+    assert long["choices"] == short["choices"]
