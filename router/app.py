@@ -87,9 +87,10 @@ def post(path: str, endpoint: ASGIApp, about: About) -> Row:
 
 def build_app(parts: Parts) -> ASGIApp:
     """All routes behind the boundary."""
+    generations = Generations(parts.models, parts.flow, parts.pool)
     rows = [
-        *_generating(parts),
-        *_asking(parts),
+        *_generating(parts, generations),
+        *_asking(parts, generations),
         get("/docs", page("docs.html"), About("This server's routes.", media_type="text/html")),
     ]
     description = About("This description.")
@@ -116,8 +117,7 @@ def build_app(parts: Parts) -> ASGIApp:
     return Cors(boundary, access.origins) if access.origins else boundary
 
 
-def _generating(parts: Parts) -> list[Row]:
-    generations = Generations(parts.models, parts.flow, parts.pool)
+def _generating(parts: Parts, generations: Generations) -> list[Row]:
     embeddings = Embeddings(parts.models, parts.embed_flow, parts.pool)
     chat = About("Answer a chat.", ChatRequest, shapes.ChatAnswer, shapes.ChatChunk)
     complete = About(
@@ -146,6 +146,7 @@ def _further(generations: Generations) -> list[Row]:
         shapes.Message,
         shapes.MessageEvent,
         anthropic=True,
+        requires=("max_tokens",),
     )
     count = About(
         "Tokens of such a request.", MessagesRequest, shapes.MessageTokens, anthropic=True
@@ -158,8 +159,7 @@ def _further(generations: Generations) -> list[Row]:
     ]
 
 
-def _asking(parts: Parts) -> list[Row]:
-    generations = Generations(parts.models, parts.flow, parts.pool)
+def _asking(parts: Parts, generations: Generations) -> list[Row]:
     models = Models(parts.models, parts.flow, parts.embed_flow)
     tokens = Tokens(generations, parts.flow)
     status = Status(parts.health, parts.metrics)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 from starlette.types import Receive, Scope, Send
 
 from router.api.conversation import adds_generation_prompt, template_messages
+from router.api.failures import ANTHROPIC, FAILURES
 from router.api.generation import Generations
 from router.api.http import header, read_json_body, send_bytes, send_json, while_connected
 from router.api.schemas import DetokenizeRequest, TokenizeRequest
@@ -68,8 +69,8 @@ class Models:
     async def get(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """One of them. Raises ModelNotFound."""
         name: str = scope["path_params"]["name"]
-        model = self._models.find(name)
         anthropic = _speaks_anthropic(scope)
+        model = self._models.find(name)
         entry = _anthropic_entry(name, model) if anthropic else self._entry(name, model)
         await send_json(send, entry)
 
@@ -99,8 +100,11 @@ class Models:
 
 
 def _speaks_anthropic(scope: Scope) -> bool:
-    """Anthropic's clients name the version of their API in every request."""
-    return header(scope, b"anthropic-version") is not None
+    """Anthropic's clients name the version of their API in every request; they read its errors."""
+    if header(scope, b"anthropic-version") is None:
+        return False
+    scope[FAILURES] = ANTHROPIC
+    return True
 
 
 def _anthropic_entry(name: str, model: ServedModel) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class About:
     `answer` and `body` are structs, or None for "any JSON"; `chunk` is the data of its events where
     it can stream. `media_type` is the answer's if that is no JSON. `anthropic`: errors are told in
     that API's form; `for_anthropic` is another answer for clients that send `anthropic-version`.
-    `errors` are statuses besides those that every body can lead to, `query` optional parameters.
+    `errors` are statuses besides those that every body can lead to, `query` optional parameters;
+    `requires` are fields that the body's struct leaves open.
     """
 
     summary: str
@@ -100,6 +101,7 @@ class About:
     media_type: str = "application/json"
     anthropic: bool = False
     errors: tuple[int, ...] = ()
+    requires: tuple[str, ...] = ()
     query: tuple[str, ...] = ()
     for_anthropic: type | None = None
 
@@ -181,6 +183,8 @@ def _operation(operation: Operation, path: str, refer: _Refer) -> Schema:
     if operation.needs_key:
         statuses.add(401)
     error = refer(shapes.AnthropicError if about.anthropic else shapes.Error)
+    if about.for_anthropic is not None:
+        error = {"anyOf": [error, refer(shapes.AnthropicError)]}
     failed = {"application/json": {"schema": error}}
     told: Schema = {
         "summary": about.summary,
@@ -203,8 +207,10 @@ def _operation(operation: Operation, path: str, refer: _Refer) -> Schema:
             for place, name in parameters
         ]
     if operation.method == "POST":
-        body = {"schema": refer(about.body)}
-        told["requestBody"] = {"required": True, "content": {"application/json": body}}
+        body = refer(about.body)
+        if about.requires:
+            body = {"allOf": [body], "required": list(about.requires)}
+        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     if operation.needs_key:
         told["security"] = [{"bearer": []}, {"x-api-key": []}]
     return told

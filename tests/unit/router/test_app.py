@@ -797,6 +797,8 @@ async def test_models_for_anthropics_clients(router: Router) -> None:
     assert listed["data"][0] == first
     one = await call(router.app, "GET", f"/v1/models/{MODEL}", headers=headers)
     assert one.json() == first
+    missing = await call(router.app, "GET", "/v1/models/no", headers=headers)
+    assert (missing.status, missing.json()["type"]) == (404, "error")
 
 
 async def test_tokenizer_info(router: Router) -> None:

@@ -103,6 +103,12 @@ async def test_answers_are_as_described(router: Router) -> None:
     check(document, "/tokenize", "post", await call(app, "POST", "/tokenize", body))
     body = {"model": MODEL, "tokens": [65]}
     check(document, "/detokenize", "post", await call(app, "POST", "/detokenize", body))
+    body = {"model": MODEL, "input": "hi"}
+    for path in ("/v1/responses", "/v1/responses/input_tokens"):
+        check(document, path, "post", await call(app, "POST", path, body))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        check(document, path, "post", await call(app, "POST", path, body))
     for path in ("/v1/models", "/health", "/health/live", "/health/started", "/version"):
         check(document, path, "get", await call(app, "GET", path))
     for path in ("/v1/models/{name}", "/v1/models"):
@@ -124,6 +130,18 @@ async def test_events_are_as_described(router: Router) -> None:
         schema = {**schema, "components": document["components"]}
         for event in answer.events():
             jsonschema.Draft202012Validator(schema).validate(event)
+
+
+async def test_an_anthropic_error_is_as_described(router: Router) -> None:
+    document = await described(router)
+    operation = document["paths"]["/v1/messages"]["post"]
+    answer = await call(router.app, "POST", "/v1/messages", {"model": MODEL, "messages": []})
+    assert answer.status == 400
+    schema = operation["responses"]["400"]["content"]["application/json"]["schema"]
+    schema = {**schema, "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(answer.json())
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["max_tokens"]
 
 
 async def test_errors_are_as_described(router: Router) -> None:
