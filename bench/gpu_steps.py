@@ -177,6 +177,7 @@ def main() -> int:
     parser.add_argument("--prompts", default="32,512,2048")
     parser.add_argument("--mixed", default="64x256,64x448,128x384,128x512,128x896")
     parser.add_argument("--context", type=int, default=576)
+    parser.add_argument("--quant", default="none")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--captured", action="store_true", help="all usual graphs first")
     options = parser.parse_args()
@@ -189,7 +190,8 @@ def main() -> int:
         device="cuda:0",
         dtype="float16",
         load_format="dummy",
-        max_batch=256,
+        quant=options.quant,
+        max_batch=320,
         step_tokens=2048,
         max_len=4096,
         num_blocks=8192 if "vicuna" not in options.model else 2560,

@@ -5,10 +5,13 @@ Owns nothing that lasts. The one place that chooses device, type, backend and ki
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -38,7 +41,13 @@ from engine.models.registry import (
 )
 from engine.plan import RunnerLike
 from engine.protocol import Limits
+from engine.quant.dense_gpu import fast_products
 from engine.quant.methods import capturable, head_method, linear_method
+from engine.quant.product_file import ProductFile, default_path
+
+if TYPE_CHECKING:
+    from engine.quant.fast_products import FastProducts
+    from engine.quant.product_tuner import ProductTuner
 
 _WARM_UP_TOKENS = 63
 _DTYPES = {
@@ -67,13 +76,16 @@ def build_device(config: EngineConfig) -> Device:
         torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     model_config, source = open_model(Path(config.model), config.load_format, device)
     with giving_back(), torch.inference_mode():
-        method = linear_method(config.quant, device, dtype)
-        head = head_method(config.quant, device, dtype)
+        file = _product_file(device)
+        products = fast_products(device, dtype, file.load() if file else None)
+        method = linear_method(config.quant, device, dtype, products)
+        head = head_method(config.quant, device, dtype, products)
         target = Target(device, dtype, method, config.max_len, head, _fused(device))
         if is_encoder(model_config):
             built = Device(*build_encoder_device(config, model_config, source, target))
         else:
-            built = _causal_device(config, model_config, source, target)
+            tuner = _tuner(products, file) if products and file else None
+            built = _causal_device(config, model_config, source, target, tuner)
     return built._replace(limits=replace(built.limits, load_s=time.monotonic() - began_s))
 
 
@@ -114,8 +126,31 @@ def _fused(device: torch.device) -> Fused | None:
     return TritonKernels()
 
 
+def _product_file(device: torch.device) -> ProductFile | None:
+    """What was measured on such a card before, with this software."""
+    if device.type != "cuda" or not has_triton():
+        return None
+    software = f"torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
+    label = f"{torch.cuda.get_device_name(device)}, {software}"
+    return ProductFile(default_path(os.environ), label, _report)
+
+
+def _tuner(products: FastProducts, file: ProductFile) -> ProductTuner:
+    from engine.quant.product_tuner import CardTimer, ProductTuner  # imports Triton
+
+    return ProductTuner(products, CardTimer(), file)
+
+
+def _report(line: str) -> None:
+    sys.stderr.write(f"engine: {line}\n")
+
+
 def _causal_device(
-    config: EngineConfig, model_config: Mapping[str, Any], source: TensorSource, target: Target
+    config: EngineConfig,
+    model_config: Mapping[str, Any],
+    source: TensorSource,
+    target: Target,
+    tuner: ProductTuner | None,
 ) -> Device:
     """The generic decoder where it covers the architecture, else transformers' own classes."""
     if not is_native(model_config):
@@ -126,8 +161,8 @@ def _causal_device(
     served = target._replace(max_len=min(config.max_len or spec.max_len, spec.max_len))
     names, made_up = weight_names_of(model_config), config.load_format == "dummy"
     model = build_decoder(spec, names, source, served, made_up=made_up)
-    graphs = capturable(config.quant) and spec.experts is None
-    return _with_memory(config, model, shape_of(spec), target, graphs=graphs)
+    native = _Native(capturable(config.quant) and spec.experts is None, tuner)
+    return _with_memory(config, model, shape_of(spec), target, native)
 
 
 def _with_memory(
@@ -135,18 +170,17 @@ def _with_memory(
     model: Model,
     shape: ModelShape,
     target: Target,
-    *,
-    graphs: bool | None = None,
+    native: _Native | None = None,
 ) -> Device:
-    """`graphs` tells whether a model of our own kernels can be captured; None: it has none."""
+    """`native` None: the model is not of our own kernels."""
     max_len = min(config.max_len or shape.max_len, shape.max_len)
     block_bytes = config.block_size * shape.kv_bytes_per_token(target.dtype.itemsize)
     blocks = num_blocks(config, block_bytes, max_len)
     sizes = _Sizes(max_len, blocks)
-    if graphs is None or target.fused is None:
+    if native is None or target.fused is None:
         runner, kv_bytes = _reference_runner(config, shape, model, target, sizes)
     else:
-        runner, kv_bytes = _gpu_runner(config, shape, model, target, sizes, graphs=graphs)
+        runner, kv_bytes = _gpu_runner(config, shape, model, target, sizes, native)
     warm_up(runner, min(_WARM_UP_TOKENS, max_len - 1, blocks * config.block_size - 1), config)
     limits = Limits(
         max_len=max_len,
@@ -162,6 +196,13 @@ def _with_memory(
         quant=config.quant,
     )
     return Device(runner, limits)
+
+
+class _Native(NamedTuple):
+    """Of a model of our own kernels: whether graphs can hold it, who measures its products."""
+
+    graphs: bool
+    tuner: ProductTuner | None
 
 
 class _Sizes(NamedTuple):
@@ -186,8 +227,7 @@ def _gpu_runner(
     model: Model,
     target: Target,
     sizes: _Sizes,
-    *,
-    graphs: bool,
+    native: _Native,
 ) -> tuple[RunnerLike, int]:
     """Our own kernels on a card, and the bytes of their KV cache."""
     from engine.attention.paged_prefill import prefill_tile  # imports Triton, as do the others
@@ -207,8 +247,9 @@ def _gpu_runner(
         pad_kv_slot=sizes.num_blocks * block_size,
         long_tile=prefill_tile(shape.head_dim, target.dtype, compute),
         text_ids=config.text_ids,
-        graphs=graphs,
+        graphs=native.graphs,
     )
     tile, step_tokens = settings.long_tile, max(config.step_tokens, config.max_batch)
     batch = GpuBatch(config.max_batch, sizes.max_len, step_tokens, block_size, tile, device)
-    return GpuRunner(model, shape, cache, batch, settings), cache.nbytes
+    runner = GpuRunner(model, shape, cache, batch, settings, native.tuner)
+    return runner, cache.nbytes

@@ -27,6 +27,8 @@ from engine.kernels.sampler import SampledRows, sample_rows
 from engine.kernels.step_inputs import SlotState, prepare_inputs
 from engine.models.base import Model, ModelShape
 from engine.plan import Row, Sampled, StepMasks, StepPlan
+from engine.quant.product_choice import size_of
+from engine.quant.product_tuner import ProductTuner
 
 # Prompt logits are computed for so many positions at a time: 64 rows of 150k floats are 39 MB.
 _PROMPT_LOGIT_ROWS = 64
@@ -89,9 +91,14 @@ class GpuRunner:
         cache: KvCache,
         batch: GpuBatch,
         settings: RunnerSettings,
+        tuner: ProductTuner | None = None,
     ) -> None:
-        """`cache` has one block more than the scheduler knows of: padding is written there."""
+        """`cache` has one block more than the scheduler knows of: padding is written there.
+
+        `tuner` has its turn in quiet moments, before graphs are captured that hold its choices.
+        """
         self._model = model
+        self._tuner = tuner
         self._cache = cache
         self._batch = batch
         self._settings = settings
@@ -112,8 +119,16 @@ class GpuRunner:
             return self._launch(plan)
 
     def idle(self) -> bool:
-        """Captures one more graph. See `engine.plan.RunnerLike`."""
+        """Measures one more way to multiply, else captures one more graph.
+
+        See `engine.plan.RunnerLike`.
+        """
         with torch.inference_mode():
+            if self._tuner is not None and self._tuner.pending:
+                changed = self._tuner.measure_next()
+                if changed:
+                    self._graphs.drop(lambda shape: size_of(shape.tokens) == changed)
+                return True
             self._batch.clear()
             return self._graphs.capture_next()
 

@@ -56,6 +56,13 @@ class Graphs:
                 return hidden
         return self._forward(exact)
 
+    def drop(self, outdated: Callable[[StepShape], bool]) -> None:
+        """Forgets graphs whose kernels would be others now; they are wanted again."""
+        dropped = [shape for shape in self._graphs if outdated(shape)]
+        for shape in dropped:
+            del self._graphs[shape]
+        self._wanted += dropped
+
     def capture_next(self) -> bool:
         """Captures one of the wanted shapes; False once all are there.
 

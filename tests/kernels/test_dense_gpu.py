@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from engine.quant.base import DenseLinear
-from engine.quant.dense_gpu import DenseGpuLinear, dense_gpu_method
+from engine.quant.dense_gpu import DenseGpuLinear, dense_gpu_method, fast_products
 from engine.quant.fast_products import FastProducts
 
 pytestmark = pytest.mark.slow  # interpreted, where there is no card
@@ -112,13 +112,14 @@ def test_memory_and_the_choice_of_a_layer() -> None:
     layer = Layer(cpu, SIZE, bias=True)
     assert layer.linear.nbytes == (SIZE * INNER + SIZE) * 2
     for dtype in (torch.float16, torch.float32):
-        assert isinstance(dense_gpu_method(cpu, dtype)(layer.weight, None), DenseLinear)
+        assert fast_products(cpu, dtype) is None
+    assert isinstance(dense_gpu_method(None)(layer.weight, None), DenseLinear)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_card_our_kernels_take_what_they_can_read_in_whole_vectors() -> None:
     card = torch.device("cuda:0")
     layer = Layer(card, SIZE, bias=True)
-    method = dense_gpu_method(card, torch.float16)
+    method = dense_gpu_method(fast_products(card, torch.float16))
     assert isinstance(method(layer.weight, layer.bias), DenseGpuLinear)
     assert isinstance(method(layer.weight[:, :90], None), DenseLinear)
