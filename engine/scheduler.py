@@ -84,7 +84,7 @@ class _Draft:
     ) -> None:
         """Beside the sequences that decode, prompts get a part of the step only."""
         decoding = len(self.rows)
-        if decoding == 0 or sizes.small == sizes.alone:
+        if decoding == 0 or sizes.beside[0] == sizes.alone:
             return
         tokens = sum(len(s.tokens) - s.scheduled for each in (behind, waiting) for s in each)
         self.budget = min(self.budget, max(sizes.limit(decoding, tokens) - decoding, 0))

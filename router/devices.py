@@ -113,4 +113,4 @@ def engine_sizes(device: str, max_batch: int = 0, step_tokens: int = 0) -> Engin
     if device == "cpu":
         return EngineSizes(max_batch or 64, step_tokens or 512, 0)
     step_tokens = step_tokens or 2048
-    return EngineSizes(max_batch or 256, step_tokens, min(512, step_tokens))
+    return EngineSizes(max_batch or 256, step_tokens, min(640, step_tokens))

@@ -16,7 +16,7 @@ _PROMPT_TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280
 _MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 1024)
 _MIXED_ROWS = (8, 32, 64, 128, 256, 512)
 # Captured before the others: what most mixed steps are padded to.
-_USUAL_TOKENS = (256, 512, 1024, 64, 128)
+_USUAL_TOKENS = (256, 384, 640, 512, 1024, 64, 128)
 _SPARE_TILES = 8
 # Chunks up to here are cut into short tiles: there is more to gain from more programs.
 _SHORT_CHUNK = 64

@@ -106,15 +106,19 @@ def test_a_block_of_another_tenant_never_comes() -> None:
 
 
 def test_steps_beside_decode_rows_grow_with_what_waits() -> None:
-    sizes = StepSizes.of(2048, 512)
+    sizes = StepSizes.of(2048, 640)
     assert sizes.limit(0, 10) == sizes.limit(0, 10**6) == 2048
     assert sizes.limit(8, 512) == 256
-    assert sizes.limit(64, 3000) == 512
+    assert sizes.limit(32, 1000) == 384
+    assert sizes.limit(64, 3000) == 640
     assert sizes.limit(250, 512) == 512  # what little is left beside so many rows would take long
     assert sizes.limit(64, 100_000) == 1024
+    limits = [sizes.limit(16, waiting) for waiting in range(0, 60_000, 100)]
+    assert limits == sorted(limits)
 
 
 def test_without_a_mixed_size_all_steps_are_alike() -> None:
     sizes = StepSizes.of(512, 0)
     assert {sizes.limit(rows, tokens) for rows in (0, 5) for tokens in (1, 10**6)} == {512}
-    assert StepSizes.of(100, 512) == (100, 50, 100, 100)  # never more than the largest
+    assert StepSizes.of(100, 512) == (100, (100,), 100)  # never more than the largest
+    assert StepSizes.of(2048, 300).beside == (256, 300)
