@@ -194,7 +194,7 @@ def main() -> int:
         max_batch=320,
         step_tokens=2048,
         max_len=4096,
-        num_blocks=8192 if "vicuna" not in options.model else 2560,
+        num_blocks=8192 if "vicuna" not in options.model else 3500,
     )
     device = build_device(config)
     print(f"built in {time.monotonic() - began_s:.1f} s", flush=True)

@@ -1,13 +1,13 @@
 """Measures the ways to compute a product, one at a time, in moments when nothing else is done.
 
-Owns the times of the product under measurement. Which way wins is `product_choice`'s decision,
+Owns the times of the product under measurement, and this run's choices for the file. Which way wins is `product_choice`'s decision,
 what runs is `fast_products`' affair, and what is kept the file's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class ProductTuner:
         self._file = file
         self._place: _Place | None = None
         self._times_s: dict[Way, float] = {}
+        self._kept: dict[str, str] = {}
 
     @property
     def pending(self) -> bool:
@@ -70,8 +71,10 @@ class ProductTuner:
         self._place = None
         best = winner(self._times_s, ways[0])
         self._products.choose(product, size, best)
-        if not self._products.missing(product):
-            self._keep(product)
+        if min(self._times_s.values()) < _CANNOT_RUN:
+            self._kept[entry_name(product, size)] = best.text
+        if self._kept and not self._products.missing(product):
+            self._file.save(self._kept)
         return size if best != ways[0] else 0
 
     def _measured(self, product: Product, size: int, way: Way, layers: Sequence[Layer]) -> float:
@@ -79,10 +82,6 @@ class ProductTuner:
             return self._timer(_runs(product, size, way, layers))
         except Exception:  # noqa: BLE001 - too much memory or too many registers: it loses
             return _CANNOT_RUN
-
-    def _keep(self, product: Product) -> None:
-        chosen = self._products.chosen(product)
-        self._file.save({entry_name(product, size): way.text for size, way in chosen.items()})
 
 
 def _runs(
@@ -110,16 +109,13 @@ def _runs(
 class CardTimer:
     """Seconds of one run on the current card: a graph of some, so that launching costs nothing."""
 
-    def __init__(self) -> None:
-        self._pool: Any = torch.cuda.graph_pool_handle()
-
     def __call__(self, run: Callable[[int], object]) -> float:
         """The least of some replays. Raises what `run` raises."""
         run(0)  # compiles
         stream = torch.cuda.current_stream()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             for number in range(_LAUNCHES):
                 run(number)

@@ -121,6 +121,15 @@ def test_a_way_that_cannot_run_is_never_chosen(tmp_path: Path, device: torch.dev
     assert products.chosen(PLAIN)[1] == products.candidates(PLAIN, 1)[-1]
 
 
+def test_what_could_not_be_measured_is_not_kept(tmp_path: Path, device: torch.device) -> None:
+    products = products_of()
+    layer(device, products)(made(1, INPUTS, device=device))
+    timer = ScriptedTimer(lambda _: 1e-5, failing=frozenset(range(1000)))
+    assert measure_all(ProductTuner(products, timer, file_in(tmp_path))) == []
+    assert file_in(tmp_path).load() == {}
+    assert not products.unmeasured
+
+
 def test_the_next_engine_measures_nothing(tmp_path: Path, device: torch.device) -> None:
     first = products_of()
     layer(device, first)(made(1, INPUTS, device=device))
