@@ -62,6 +62,8 @@ class Graphs:
         for shape in dropped:
             del self._graphs[shape]
         self._wanted += dropped
+        if not self._graphs:
+            self._pool = None  # one that no graph uses is gone
 
     def capture_next(self) -> bool:
         """Captures one of the wanted shapes; False once all are there.

@@ -1,7 +1,7 @@
 """Measures the ways to compute a product, one at a time, in moments when nothing else is done.
 
-Owns the times of the product under measurement, and this run's choices for the file. Which way wins is `product_choice`'s decision,
-what runs is `fast_products`' affair, and what is kept the file's.
+Owns the times of the product under measurement, and what it will keep. Which way wins is
+`product_choice`'s decision, what runs is `fast_products`' affair.
 """
 
 from __future__ import annotations
