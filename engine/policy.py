@@ -16,7 +16,7 @@ _COPY_SHARE = 8
 # tile of its products. Chosen by simulating closed loops with step times measured on an H100.
 _LEAST_BESIDE, _BESIDE_STEP = 256, 128
 _STEPS_TO_CATCH_UP = 3
-_CROWD = 100  # steps that a crowd of prompts would take
+_CROWD = 80  # steps that a crowd of prompts would take
 # Slots that sequences with pooling leave free, so that a chat finds one.
 _KEPT_SLOTS_SHARE = 4
 # Tokens that pooled sequences get in any step: a few more in a forward pass are nearly free.

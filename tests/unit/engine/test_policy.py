@@ -112,7 +112,7 @@ def test_steps_beside_decode_rows_grow_with_what_waits() -> None:
     assert sizes.limit(32, 1000) == 384
     assert sizes.limit(64, 3000) == 640
     assert sizes.limit(250, 512) == 512  # what little is left beside so many rows would take long
-    assert sizes.limit(64, 100_000) == 1024
+    assert sizes.limit(64, 60_000) == 1024
     limits = [sizes.limit(16, waiting) for waiting in range(0, 60_000, 100)]
     assert limits == sorted(limits)
 
