@@ -111,7 +111,7 @@ class GpuRunner:
         )
         self._buckets = decode_buckets(settings.max_batch)
         wanted = first_shapes(self._buckets, settings.long_tile) if settings.graphs else []
-        self._graphs = Graphs(self._forward, wanted)
+        self._graphs = Graphs(self._forward, wanted, self._load_head)
 
     def launch(self, plan: StepPlan) -> Launched:
         """Applies the plan; the sampled tokens are in their slots' rows when the next plan runs."""
@@ -171,14 +171,22 @@ class GpuRunner:
         )  # fmt: skip
         return self._model.forward(ids, positions, self._cache.layers, attention)
 
+    def _load_head(self, shape: StepShape) -> None:
+        """Runs the head for as many rows: a library loads a kernel at its first use, and waits for
+        the card to do so. Streams would feel that as a pause of two steps."""
+        if shape.decode_rows:
+            self._model.logits(self._forward(StepShape(shape.decode_rows, shape.decode_rows, 0, 1)))
+
     def _sample(
         self, rows: list[Row], hidden: Tensor, masks: StepMasks | None
     ) -> tuple[Tensor, dict[int, Scores]]:
         """Chooses tokens, also into the token rows; scores them where that is asked."""
         batch, text_ids = self._batch, self._settings.text_ids
         count = len(rows)
-        last = hidden.index_select(0, batch.sample_at[:count])
-        logits = self._model.logits(last)
+        # For one of few numbers of rows, whose kernels are loaded; those beyond are computed twice.
+        padded = next(size for size in self._buckets if size >= count)
+        last = hidden.index_select(0, batch.sample_at[:padded])
+        logits = self._model.logits(last)[:count]
         slots = [self._slot(row) for row in rows]
         scored = [i for i, slot in enumerate(slots) if slot.params.logprobs >= 0]
         edited = [i for i, slot in enumerate(slots) if slot.edits_logits]

@@ -26,9 +26,18 @@ Forward = Callable[[StepShape], Tensor]
 class Graphs:
     """Runs `forward` for shapes, by replay where a graph exists."""
 
-    def __init__(self, forward: Forward, wanted: Sequence[StepShape]) -> None:
-        """`wanted` are captured by `capture_next`, in their order; none: nothing is captured."""
+    def __init__(
+        self,
+        forward: Forward,
+        wanted: Sequence[StepShape],
+        prepare: Callable[[StepShape], object] | None = None,
+    ) -> None:
+        """`wanted` are captured by `capture_next`, in their order; none: nothing is captured.
+
+        `prepare` runs before each of these: it may load what such steps need besides their graph.
+        """
         self._forward = forward
+        self._prepare = prepare
         self._wanted = list(wanted)
         self._enabled = bool(wanted)
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -73,6 +82,8 @@ class Graphs:
         while self._wanted:
             shape = self._wanted.pop(0)
             if shape not in self._graphs:
+                if self._prepare is not None:
+                    self._prepare(shape)
                 self._capture(shape)
                 return bool(self._wanted)
         return False

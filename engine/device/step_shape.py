@@ -17,6 +17,7 @@ _MIXED_TOKENS = (32, 64, 128, 256, 384, 512, 640, 768, 1024)
 _MIXED_ROWS = (8, 32, 64, 128, 256, 512)
 # Captured before the others: what most mixed steps are padded to.
 _USUAL_TOKENS = (256, 384, 640, 512, 1024, 64, 128)
+_LONGEST_END = 256
 _SPARE_TILES = 8
 # Chunks up to here are cut into short tiles: there is more to gain from more programs.
 _SHORT_CHUNK = 64
@@ -78,7 +79,13 @@ def first_shapes(decode: tuple[int, ...], long_tile: int) -> list[StepShape]:
         for beside in _MIXED_ROWS
         if beside < tokens and (beside == _MIXED_ROWS[0] or beside // 2 < decode[-1])
     ]
-    return [*rows[:4], *prompts, *mixed[:5], *rows[4:], *mixed[5:]]
+    # What is left of prompts in the end is short, whatever else the step does.
+    ends = [
+        _with_prompts(shape.tokens, shape.decode_rows, SHORT_TILE)
+        for shape in mixed
+        if shape.tile > SHORT_TILE and shape.tokens <= _LONGEST_END
+    ]
+    return [*rows[:4], *prompts, *mixed[:5], *rows[4:], *mixed[5:], *ends]
 
 
 def _with_prompts(tokens: int, decode_rows: int, tile: int) -> StepShape:
