@@ -49,10 +49,13 @@ def made(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(*shape, generator=generator).to(device, torch.float16)
 
 
+def known_of(form: Form = "plain") -> dict[str, str]:
+    """The choices of all but few tokens: interpreted, many take long."""
+    return {entry_name(PLAIN._replace(form=form), size): "cublas" for size in SIZES[FEW:]}
+
+
 def products_of(form: Form = "plain") -> FastProducts:
-    """What lacks the choices of few tokens only: interpreted, many take long."""
-    product = PLAIN._replace(form=form)
-    return FastProducts(known={entry_name(product, size): "cublas" for size in SIZES[FEW:]})
+    return FastProducts(known=known_of(form))
 
 
 def layer(device: torch.device, products: FastProducts) -> DenseGpuLinear:
@@ -136,7 +139,9 @@ def test_the_next_engine_measures_nothing(tmp_path: Path, device: torch.device) 
     measure_all(
         ProductTuner(first, ScriptedTimer(lambda number: 1 / (number + 1)), file_in(tmp_path))
     )
-    second = FastProducts(known=file_in(tmp_path).load())
+    kept = file_in(tmp_path).load()
+    assert len(kept) == FEW
+    second = FastProducts(known=known_of() | kept)
     layer(device, second)(made(2, INPUTS, device=device))
     assert not second.unmeasured
     assert second.chosen(PLAIN) == first.chosen(PLAIN)
