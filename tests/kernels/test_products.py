@@ -68,7 +68,7 @@ def test_gemv(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33])
 def test_gated(
     device: torch.device, dtype: torch.dtype, activation: Any, with_bias: bool, rows: int
 ) -> None:
@@ -91,7 +91,7 @@ def test_gated(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [2, 3, 16])
+@pytest.mark.parametrize("rows", [2, 3, 16, 20, 64])
 @pytest.mark.parametrize("flipped", [True, False])
 def test_skinny(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rows: int, flipped: bool
