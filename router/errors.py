@@ -11,6 +11,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         ModelNotFound          404 model_not_found
         RouteNotFound          404 not_found
         MethodNotAllowed       405 method_not_allowed
+        BodyTimeout            408 body_timeout
         PayloadTooLarge        413 request_too_large
         UnsupportedMediaType   415 unsupported_media_type
         RateLimited            429 slow_down
@@ -42,6 +43,7 @@ _ANTHROPIC_TYPES: Final = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "request_too_large",
     415: "invalid_request_error",
     429: "rate_limit_error",
@@ -153,8 +155,15 @@ class MethodNotAllowed(RequestError):
         )
 
 
+class BodyTimeout(RequestError):
+    """The client took too long to send its body."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=408, type="timeout_error", code="body_timeout")
+
+
 class RequestTimeout(RequestError):
-    """The operator's time limit passed. Not 408, which would say that the client was slow."""
+    """The operator's time limit passed. The client was not slow: no 408."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=504, type="timeout_error", code="request_timeout")

@@ -16,10 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.errors import (
     BadRequest,
+    BodyTimeout,
     ClientGone,
     Overloaded,
     PayloadTooLarge,
-    RequestTimeout,
     UnsupportedMediaType,
 )
 
@@ -74,14 +74,14 @@ async def read_json_body(scope: Scope, receive: Receive) -> bytes:
     """The whole body, at most MAX_BODY_BYTES of it.
 
     Raises UnsupportedMediaType, PayloadTooLarge and Overloaded (before more is read),
-    RequestTimeout, ClientGone.
+    BodyTimeout, ClientGone.
     """
     _check_headers(scope)
     try:
         async with asyncio.timeout(BODY_S):
             return await _read_body(receive, scope.get(SHARE))
     except TimeoutError as error:
-        raise RequestTimeout(f"The body did not arrive within {BODY_S:g} s.") from error
+        raise BodyTimeout(f"The body did not arrive within {BODY_S:g} s.") from error
 
 
 def _check_headers(scope: Scope) -> None:

@@ -73,14 +73,15 @@ _REASONS: Final = {
     400: "A field is missing, of the wrong type or out of range; `param` names it.",
     401: "No key, or none that this server knows.",
     404: "The model is not served here.",
+    408: "The body took too long to arrive.",
     413: "The body, or one part of it, is larger than this server takes.",
     415: "The body is not JSON.",
     429: "This client alone asks for too much; see Retry-After.",
     500: "The server could not finish this request.",
     503: "Queue full, model loading, or no live engine; see Retry-After.",
-    504: "The time limit passed before the answer began.",
+    504: "The time limit passed that the operator has set.",
 }
-_OF_BODIES: Final = (400, 404, 413, 415, 429, 500, 503, 504)
+_OF_BODIES: Final = (400, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)

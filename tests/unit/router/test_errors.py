@@ -15,6 +15,7 @@ CASES = [
     (errors.ModelNotFound("m"), 404, "model_not_found"),
     (errors.RouteNotFound(), 404, "not_found"),
     (errors.MethodNotAllowed(), 405, "method_not_allowed"),
+    (errors.BodyTimeout("m"), 408, "body_timeout"),
     (errors.RequestTimeout("m"), 504, "request_timeout"),
     (errors.PayloadTooLarge("m"), 413, "request_too_large"),
     (errors.UnsupportedMediaType(), 415, "unsupported_media_type"),

@@ -9,7 +9,7 @@ import pytest
 
 from router.api import http
 from router.api.http import REPLY, SHARE, BodyRoom, Reply, read_json_body, while_connected
-from router.errors import ClientGone, Overloaded, RequestTimeout
+from router.errors import BodyTimeout, ClientGone, Overloaded
 
 
 async def silent() -> Any:
@@ -144,5 +144,5 @@ async def test_bodies_share_a_room() -> None:
 
 async def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "BODY_S", 0.01)
-    with pytest.raises(RequestTimeout):
+    with pytest.raises(BodyTimeout):
         await read_json_body(scope_of(None), silent)
