@@ -157,7 +157,8 @@ def sensible(document: dict[str, Any]) -> dict[str, Any]:
             if body is None:
                 continue
             content = body["content"]["application/json"]
-            known = resolved(document, content["schema"])["properties"]
+            schema = content["schema"]
+            known = resolved(document, schema.get("allOf", [schema])[0])["properties"]
             texts = [name for name in _TEXTS if name in known]
             others = texts[1:]
             fields = {
