@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,11 @@ from typing import Any
 import pytest
 
 from tests.cases.asking import DEMO, KEY, MAX_LEN, TINY, Scene, Scripted
-from tests.cases.corpus import NOT_YET
 from tests.demo_model import demo_model
 from tests.router_parts import MODEL, Play, router_parts
 from tests.router_process import Start, starting
 from tests.serving import Server, serve
 from tools.tiny_model import write_tiny_model
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what NOT_YET names."""
-    for item in [item for item in items if item.path.parent == Path(__file__).parent]:
-        number = re.match(r"test_case_(\d{3})_", item.name)
-        if number is not None and int(number[1]) in NOT_YET:
-            item.add_marker(pytest.mark.skip(reason=NOT_YET[int(number[1])]))
 
 
 @pytest.fixture(scope="session")

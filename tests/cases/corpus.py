@@ -244,5 +244,3 @@ _BY_KIND: Final[dict[str, dict[int, str]]] = {
 CASES: Final = {
     number: Case(kind, right) for kind, cases in _BY_KIND.items() for number, right in cases.items()
 }
-
-NOT_YET: Final[dict[int, str]] = {}  # number -> why its test is left out
