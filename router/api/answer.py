@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 import msgspec
 from starlette.types import Send
 
-from router.api.http import send_bytes
+from router.api.http import send_bytes, send_json
 from router.api.sse import DONE, PING, ChunkTemplate, EventStream
 from router.flow import First, Job, Progress, RequestRecord
 from router.text.assembly import Entry, FinishReason
@@ -193,6 +193,28 @@ def _num_items(choice: WholeChoice) -> int:
     rivals = max((len(each.top) for each in told[:1]), default=0)
     rivals = max((len(each.logprob.top) for each in choice.entries[:1]), default=rivals)
     return len(choice.tokens) + (len(choice.entries) + len(told)) * (1 + rivals)
+
+
+class GatheringForm(Protocol):
+    """The JSON of one route for one request, where streamed and whole answers grow alike."""
+
+    def take(self, step: list[Progress], /) -> object:
+        """Takes in one step."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer, once every step was taken in."""
+        ...
+
+
+async def answer_gathered(
+    send: Send, steps: AsyncGenerator[list[Progress], None], form: GatheringForm
+) -> None:
+    """As `answer_whole`, for a form that gathers by itself."""
+    async with aclosing(steps):
+        async for step in steps:
+            form.take(step)
+    await send_json(send, form.whole())
 
 
 async def answer_stream(

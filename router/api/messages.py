@@ -6,11 +6,9 @@ admission.
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
 from starlette.types import Receive, Scope, Send
 
-from router.api.answer import answer_stream
+from router.api.answer import answer_gathered, answer_stream
 from router.api.chats import Chats
 from router.api.generation import Generations
 from router.api.http import read_json_body, send_json, while_connected
@@ -48,11 +46,8 @@ class Messages:
         steps = self._generations.run(job)
         if request.stream:
             await answer_stream(send, steps, job, form)
-            return
-        async with aclosing(steps):
-            async for step in steps:
-                form.take(step)
-        await send_json(send, form.whole())
+        else:
+            await answer_gathered(send, steps, form)
 
     async def _count(self, body: bytes, send: Send) -> None:
         request = await self._generations.decode(body, MessagesRequest)

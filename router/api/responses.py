@@ -6,12 +6,10 @@ allowed. Must not know the JSON of answers, engines or admission.
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from router.api.answer import answer_stream
+from router.api.answer import answer_gathered, answer_stream
 from router.api.chats import Chats
 from router.api.failures import FAILURES
 from router.api.generation import Generations
@@ -54,11 +52,8 @@ class Responses:
         if request.stream:
             scope[FAILURES] = form
             await answer_stream(send, steps, job, form)
-            return
-        async with aclosing(steps):
-            async for step in steps:
-                form.take(step)
-        await send_json(send, form.whole())
+        else:
+            await answer_gathered(send, steps, form)
 
     async def _count(self, body: bytes, send: Send) -> None:
         request = await self._generations.decode(body, ResponsesRequest)
