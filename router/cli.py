@@ -444,7 +444,7 @@ def _admission(
 
     def gate(name: str, permits_each: int) -> Gate:
         def permits() -> int:
-            return fleet.ready_count(name) * permits_each
+            return fleet.serving_count(name) * permits_each
 
         return Gate(name, bounds, permits, time.monotonic)
 

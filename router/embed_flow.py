@@ -125,7 +125,7 @@ class EmbedFlow:
                     await alarm.wait()
                     run.gather()
                     if alarm.expired and not run.done:
-                        if not self._fleet.ready_count(name):
+                        if not self._fleet.serving_count(name):
                             raise self._fleet.unavailable(name)
                         raise RequestTimeout("The request's time limit has passed.")
             finally:

@@ -4,11 +4,11 @@ Owns the replica states and epochs, and every message to and from an engine. Mus
 processes (the supervisor starts and kills them), text or HTTP. Time is a parameter, and sockets
 are behind `EngineLink`, so all of it is tested without either.
 
-    start        Ready        drain
-    ----> starting --> ready --> draining
-              \\          |          /
-               `----- lose ---------'--> restarting --start--> starting
-                                     `-> parked (terminal until started by hand)
+     start        Ready         drain
+    -----> starting --> serving --> draining
+              |            |           |
+              +--- lose ---+-----------+--> dead --start--> starting
+              `--- no progress --> hung --'  `-> parked (until started by hand)
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ BAD_FRAME_LOG_S: Final = 60.0
 
 ADVICE: Final[dict[ReplicaState, str]] = {
     "starting": "it is still loading, try again soon",
-    "ready": "try again",
+    "serving": "try again",
     "draining": "the server is stopping",
-    "restarting": "its engine is being restarted, try again soon",
+    "hung": "its engine made no progress and is being restarted, try again soon",
+    "dead": "its engine is being restarted, try again soon",
     "parked": "its engine failed repeatedly and needs the operator",
 }
+
+GONE: Final = ("hung", "dead", "parked")  # states without an engine that works
 
 SendResult = Literal["sent", "full", "gone"]
 
@@ -69,7 +72,7 @@ class Replica:
     def __init__(self, index: int, model: str) -> None:
         self.index = index
         self.model = model
-        self.state: ReplicaState = "restarting"  # not started yet
+        self.state: ReplicaState = "dead"  # not started yet
         self.since_s = 0.0
         self.epoch = 0
         self.identity = b""
@@ -89,7 +92,7 @@ class Replica:
 class Fleet:
     """All replicas. `subscribe` tells of each change of state.
 
-    Who hears that a replica is "restarting" while its process still runs must kill that process.
+    Who hears that a replica is "hung" or "dead" while its process still runs must kill it.
     """
 
     def __init__(
@@ -131,9 +134,9 @@ class Fleet:
         requests, tokens = self._table.load(r.index)
         return ReplicaView(r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits)
 
-    def ready_count(self, model: str) -> int:
+    def serving_count(self, model: str) -> int:
         """How many replicas of it may be given work."""
-        return sum(replica.state == "ready" for replica in self.of_model(model))
+        return sum(replica.state == "serving" for replica in self.of_model(model))
 
     def samples(self) -> list[ReplicaSample]:
         """Numbers for a scrape."""
@@ -175,14 +178,14 @@ class Fleet:
         replica.patience_s = FIRST_FRAME_LIMIT_S
         self._change(replica, "starting", "")
 
-    def lose(self, index: int, reason: str) -> list[Stream]:
+    def lose(self, index: int, reason: str, *, hung: bool = False) -> list[Stream]:
         """Its process is gone or condemned: its streams end as lost, and are returned."""
         replica = self.replicas[index]
         self._of_identity.pop(replica.identity, None)
         replica.outbox.clear()
         lost = list(self._table.of_replica(index).values())
-        if replica.state not in ("restarting", "parked"):
-            self._change(replica, "restarting", reason)
+        if replica.state not in GONE or (replica.state == "hung" and not hung):
+            self._change(replica, "hung" if hung else "dead", reason)
         for stream in lost:
             stream.deaths += 1
             self._table.release(stream)
@@ -200,7 +203,7 @@ class Fleet:
     def drain(self) -> None:
         """All engines finish what they have; no replica takes new work."""
         for replica in self.replicas:
-            if replica.state == "ready":
+            if replica.state == "serving":
                 self._change(replica, "draining", "shutdown")
                 self._post(replica, protocol.Drain(replica.epoch))
 
@@ -220,7 +223,7 @@ class Fleet:
     def submit(self, stream: Stream, replica: int, placement: Orders) -> bool:
         """Give it, with its tokens so far, to a replica. False if that one is just gone."""
         chosen = self.replicas[replica]
-        if chosen.state != "ready":
+        if chosen.state != "serving":
             return False
         now = self._clock()
         if not self._table.of_replica(replica):
@@ -260,7 +263,7 @@ class Fleet:
             return
         self._table.release(stream)
         replica = self.replicas[index]
-        if replica.state in ("ready", "draining"):
+        if replica.state in ("serving", "draining"):
             self._post(replica, protocol.Abort(replica.epoch, (stream.id,)))
 
     def _post(self, replica: Replica, message: protocol.ToEngine) -> bool:
@@ -289,13 +292,13 @@ class Fleet:
         """
         now = self._clock()
         for replica in self.replicas:
-            if replica.state not in ("starting", "ready", "draining"):
+            if replica.state not in ("starting", "serving", "draining"):
                 continue
             self._flush(replica)
             self._ping_if_idle(replica, now, hang_timeout_s)
             since_s = self._owes_since(replica)
             if since_s is not None and now - since_s > hang_timeout_s + replica.patience_s:
-                self.lose(replica.index, f"no progress for {now - since_s:.1f} s")
+                self.lose(replica.index, f"no progress for {now - since_s:.1f} s", hung=True)
 
     def _owes_since(self, replica: Replica) -> float | None:
         if replica.state == "starting" or self._table.of_replica(replica.index):
@@ -303,7 +306,7 @@ class Fleet:
         return replica.ping_s
 
     def _ping_if_idle(self, replica: Replica, now: float, hang_timeout_s: float) -> None:
-        idle = replica.state == "ready" and not self._table.of_replica(replica.index)
+        idle = replica.state == "serving" and not self._table.of_replica(replica.index)
         if not idle or replica.ping_s is not None:
             return
         if now - replica.heard_s >= min(5.0, hang_timeout_s / 4):
@@ -359,7 +362,7 @@ class Fleet:
         elif replica.state == "starting" and replica.fatal is None:
             replica.limits = limits
             replica.patience_s = 0.0
-            self._change(replica, "ready", "")
+            self._change(replica, "serving", "")
 
     def _on_step(self, replica: Replica, message: protocol.StepOutput) -> None:
         replica.patience_s = 0.0

@@ -27,7 +27,7 @@ from router.errors import (
     Quarantined,
     RequestTimeout,
 )
-from router.fleet import Fleet, Replica
+from router.fleet import GONE, Fleet, Replica
 from router.metrics import Metrics, ModelMetrics
 from router.streams import Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
@@ -373,7 +373,7 @@ class Flow:
                 series.tpot_s.observe(mean_s)
 
     def _on_replica_change(self, replica: Replica) -> None:
-        if replica.state in ("restarting", "parked"):
+        if replica.state in GONE:
             self._prefixes.forget(replica.index)
         for alarm in self._alarms:  # who waits for an engine looks again
             alarm.event.set()

@@ -89,7 +89,7 @@ class Lifecycle:
     @property
     def ready(self) -> bool:
         """New requests are welcome: it has `started`, and an engine is ready."""
-        return self.phase == "ready" and any(r.state == "ready" for r in self._fleet.replicas)
+        return self.phase == "ready" and any(r.state == "serving" for r in self._fleet.replicas)
 
     def _on_change(self, replica: Replica) -> None:
         self._supervisor.changed(replica.index, replica.state, replica.reason)
@@ -99,7 +99,7 @@ class Lifecycle:
             self._admission.evict(self._fleet.unavailable(replica.model).message, replica.model)
         if replica.state != "starting":
             self._tried.add(replica.index)
-        if replica.state == "ready":
+        if replica.state == "serving":
             self._some_ready = True
             limits = replica.limits
             logs.info(

@@ -26,7 +26,7 @@ from engine.protocol import (
     unpack_tokens,
 )
 
-ReplicaState = Literal["starting", "ready", "draining", "restarting", "parked"]
+ReplicaState = Literal["starting", "serving", "draining", "hung", "dead", "parked"]
 
 
 class ReplicaView(NamedTuple):
@@ -43,7 +43,7 @@ class ReplicaView(NamedTuple):
     @property
     def ready(self) -> bool:
         """May it be given work?"""
-        return self.state == "ready"
+        return self.state == "serving"
 
 
 class TokenLogprob(NamedTuple):

@@ -315,10 +315,10 @@ class Supervisor:
         process = self._processes.get(index)
         if process is None:
             return
-        if state == "ready":
+        if state == "serving":
             process.ready_s = self._clock()
             self._end_load(index)
-        elif state == "restarting" and not process.gone.is_set():
+        elif state in ("hung", "dead") and not process.gone.is_set():
             process.condemn(reason)
 
     async def stop(self, grace_s: float) -> None:

@@ -337,7 +337,7 @@ async def router_parts(
 
     def gate(permits_each: int) -> Gate:
         def permits() -> int:
-            return fleet.ready_count(MODEL) * permits_each
+            return fleet.serving_count(MODEL) * permits_each
 
         return Gate(MODEL, QueueBounds(max_queue), permits, time.monotonic)
 

@@ -24,7 +24,7 @@ async def test_case_240_another_replica_takes_over(engine: Scripted, dies_at: in
         assert content(await chat(router.app, "dying")) == "abcdef"
         first, second = router.engines.submits
         assert len(unpack_tokens(second.tokens)) == len(unpack_tokens(first.tokens)) + dies_at
-        assert {replica.state for replica in router.fleet.replicas} == {"ready", "restarting"}
+        assert {replica.state for replica in router.fleet.replicas} == {"serving", "dead"}
         for route in (CHAT, COMPLETIONS):
             whole, streamed = await both(router.app, route)
             assert content(whole) == joined(streamed) == "abcdef"
@@ -37,7 +37,7 @@ async def test_case_241_a_replica_that_loads_gets_nothing(engine: Scripted) -> N
         answers = await asyncio.gather(*(chat(router.app, f"ask {i}") for i in range(20)))
         assert [content(answer) for answer in answers] == ["ok"] * 20
         views = router.fleet.views("tiny")
-        assert [view.state == "ready" for view in views] == [True, False]
+        assert [view.state == "serving" for view in views] == [True, False]
         assert len(router.engines.submits) == 20
         assert {each.epoch for each in router.engines.submits} == {1}
     assert router.engines.sent_to == {b"engine-0-1"}
@@ -51,7 +51,7 @@ async def test_case_242_client_errors_are_the_clients(engine: Scripted) -> None:
         assert not router.engines.submits
         for number in range(10):
             assert content(await complete(router.app, f"{number} good " * 20)) == "ok"
-        assert {replica.state for replica in router.fleet.replicas} == {"ready"}
+        assert {replica.state for replica in router.fleet.replicas} == {"serving"}
         assert len(router.engines.sent_to) == 2
         prompts = [decode_tokens(unpack_tokens(each.tokens)) for each in router.engines.submits]
         assert all("good" in prompt for prompt in prompts)

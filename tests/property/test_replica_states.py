@@ -33,21 +33,25 @@ from engine.protocol import (
     encode,
     pack_tokens,
 )
-from router.fleet import Fleet, Replica
+from router.fleet import GONE, Fleet, Replica
 from router.metrics import Metrics
 from router.streams import Stream, StreamTable
 
 REPLICAS = 3
 HANG_S = 10.0
 ALLOWED = {
-    ("restarting", "starting"),
+    ("dead", "starting"),
     ("parked", "starting"),
-    ("starting", "ready"),
-    ("ready", "draining"),
-    ("starting", "restarting"),
-    ("ready", "restarting"),
-    ("draining", "restarting"),
-    ("restarting", "parked"),
+    ("starting", "serving"),
+    ("serving", "draining"),
+    ("starting", "dead"),
+    ("serving", "dead"),
+    ("draining", "dead"),
+    ("starting", "hung"),
+    ("serving", "hung"),
+    ("draining", "hung"),
+    ("hung", "dead"),
+    ("dead", "parked"),
 }
 
 
@@ -126,14 +130,14 @@ class ReplicaLives(RuleBasedStateMachine):
         step = (self.states[replica.index], replica.state)
         assert step in ALLOWED, step
         self.states[replica.index] = replica.state
-        if replica.state == "restarting" and replica.index in self.engines:
+        if replica.state in ("hung", "dead") and replica.index in self.engines:
             self.engines[replica.index].alive = False  # the supervisor kills it
 
     # -- the supervisor
 
     @rule(index=st.integers(0, REPLICAS - 1))
     def start(self, index: int) -> None:
-        if self.states[index] in ("restarting", "parked"):
+        if self.states[index] in ("dead", "parked"):
             engine = Engine(index, self.fleet.replicas[index].epoch + 1)
             self.engines[index] = engine
             self.history.append(engine)
@@ -148,7 +152,7 @@ class ReplicaLives(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, REPLICAS - 1))
     def park(self, index: int) -> None:
-        if self.states[index] == "restarting" and index not in self.engines:
+        if self.states[index] == "dead" and index not in self.engines:
             self.fleet.park(index, "crash loop")
 
     # -- engines
@@ -218,7 +222,7 @@ class ReplicaLives(RuleBasedStateMachine):
         fresh = stream.submitted_s is None or stream.lost
         is_open = any(s is stream for s in self.table)
         if fresh and is_open and stream.replica is None and len(stream.tokens) < stream.max_new:
-            was_ready = self.states[index] == "ready"
+            was_ready = self.states[index] == "serving"
             given = self.fleet.submit(stream, index, Placement(grammar))
             assert not given or was_ready
             if given and stream.lost:
@@ -250,7 +254,7 @@ class ReplicaLives(RuleBasedStateMachine):
             return
         for replica in self.fleet.replicas:
             held = self.table.of_replica(replica.index)
-            if replica.state in ("restarting", "parked", "starting"):
+            if replica.state in (*GONE, "starting"):
                 assert not held
             for stream in held.values():
                 assert stream.replica == replica.index
@@ -272,7 +276,7 @@ class ReplicaLives(RuleBasedStateMachine):
         for stream in self.table:
             assert stream.done or stream.submitted_s is None
         for replica in self.fleet.replicas:
-            assert replica.state in ("restarting", "parked")
+            assert replica.state in ("dead", "parked")
 
 
 TestReplicaLives = ReplicaLives.TestCase

@@ -206,7 +206,7 @@ def test_sigusr1_logs_the_state(start: Start) -> None:
     assert router.url
     router.signal(signal.SIGUSR1)
     router.wait_for("state_queue")
-    assert router.events("state_replica")[0]["state"] == "ready"
+    assert router.events("state_replica")[0]["state"] == "serving"
 
 
 def test_a_standard_error_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,12 +71,13 @@ class Wire:
         return decode_to_router(frame)
 
     def receive(self, count: int) -> list[object]:
-        """So many items: they may come in one go or in several."""
+        """So many items: they may come in several goes, between which one may bring none (a message
+        that came alone and is for nobody)."""
         items: list[object] = []
+        until_s = time.monotonic() + 10.0
         while len(items) < count:
-            got = self.link.receive(10.0)
-            assert got, f"only {items}"
-            items += got
+            assert time.monotonic() < until_s, f"only {items}"
+            items += self.link.receive(1.0)
         return items
 
     def close(self) -> None:

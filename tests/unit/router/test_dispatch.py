@@ -15,14 +15,14 @@ def view(
     requests: int = 0,
     tokens: int = 0,
     submitted: int = 0,
-    state: ReplicaState = "ready",
+    state: ReplicaState = "serving",
 ) -> ReplicaView:
     return ReplicaView(replica, state, 1, requests, tokens, submitted, None)
 
 
 def test_nobody_ready() -> None:
     assert choose([], {}, 64) is None
-    states: list[ReplicaState] = ["starting", "draining", "restarting", "parked"]
+    states: list[ReplicaState] = ["starting", "draining", "dead", "parked"]
     assert choose([view(i, state=s) for i, s in enumerate(states)], {}, 64) is None
 
 
@@ -63,7 +63,7 @@ views = st.lists(
     st.builds(
         ReplicaView,
         st.integers(0, 7),
-        st.sampled_from(["ready", "starting", "parked"]),
+        st.sampled_from(["serving", "starting", "parked"]),
         st.just(1),
         st.integers(0, 100),
         st.integers(0, 10**6),

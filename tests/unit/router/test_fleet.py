@@ -107,8 +107,8 @@ def tokens(epoch: int, stream: Stream, *ids: int, end: Finish | None = None) -> 
 async def test_start_ready_work_end() -> None:
     w = World()
     w.ready()
-    assert w.changes == [(0, "starting"), (0, "ready")]
-    assert (w.fleet.ready_count("m"), w.fleet.views("m")[0].limits) == (1, LIMITS)
+    assert w.changes == [(0, "starting"), (0, "serving")]
+    assert (w.fleet.serving_count("m"), w.fleet.views("m")[0].limits) == (1, LIMITS)
     stream = w.submit()
     message = w.link.last()
     assert isinstance(message, Submit)
@@ -153,7 +153,7 @@ async def test_loss_and_continuation_on_the_other_replica() -> None:
     w.say(tokens(1, stream, 7, 8))
     assert w.fleet.lose(0, "signal") == [stream]
     delta = stream.take()
-    assert (delta.lost, delta.tokens, stream.deaths, w.state()) == (True, [7, 8], 1, "restarting")
+    assert (delta.lost, delta.tokens, stream.deaths, w.state()) == (True, [7, 8], 1, "dead")
     assert w.fleet.submit(stream, 1, Placement())
     stream.reopen()
     message = w.link.last()
@@ -187,7 +187,7 @@ async def test_garbage_is_counted_and_skipped(frame: bytes) -> None:
     stream = w.submit()
     w.fleet.receive(b"e0-1", frame)
     w.fleet.receive(b"nobody", frame)
-    assert w.state() == "ready"
+    assert w.state() == "serving"
     assert b"router_ipc_bad_frames_total 1.0" in w.metrics.render()
     w.say(tokens(1, stream, 3))
     assert stream.tokens == [3]
@@ -201,7 +201,7 @@ async def test_a_bad_id_costs_its_stream_only() -> None:
     assert bad.finish is not None
     assert (bad.finish.reason, bad.lost) == ("error", False)
     assert w.link.last() == Abort(1, (bad.id,))
-    assert (good.tokens, good.done, w.state()) == ([3], False, "ready")
+    assert (good.tokens, good.done, w.state()) == ([3], False, "serving")
 
 
 async def test_an_abort_not_asked_for_gives_the_stream_back() -> None:
@@ -228,10 +228,10 @@ async def test_no_progress_with_work_is_a_hang() -> None:
     stream = w.submit()
     w.now += HANG_S
     w.fleet.tick(HANG_S)
-    assert w.state() == "ready"
+    assert w.state() == "serving"
     w.now += 0.1
     w.fleet.tick(HANG_S)
-    assert (w.state(), stream.lost, stream.deaths) == ("restarting", True, 1)
+    assert (w.state(), stream.lost, stream.deaths) == ("hung", True, 1)
     assert "no progress" in w.fleet.replicas[0].reason
 
 
@@ -246,11 +246,11 @@ async def test_steps_are_progress_and_busy_buys_time() -> None:
     w.say(Busy(1, "step", 30.0))
     w.now += HANG_S + 29
     w.fleet.tick(HANG_S)
-    assert w.state() == "ready"
+    assert w.state() == "serving"
     w.say(tokens(1, stream, 1))
     w.now += HANG_S + 0.1
     w.fleet.tick(HANG_S)
-    assert w.state() == "restarting"  # what was announced is over
+    assert w.state() == "hung"  # what was announced is over
 
 
 async def test_idle_engines_are_pinged_and_must_answer() -> None:
@@ -265,11 +265,11 @@ async def test_idle_engines_are_pinged_and_must_answer() -> None:
     w.say(Pong(1, 1, Stats(blocks_total=5)))
     w.now += HANG_S
     w.fleet.tick(HANG_S)
-    assert w.state() == "ready"
+    assert w.state() == "serving"
     assert w.link.last() == Ping(1, 2)
     w.now += HANG_S + 0.1
     w.fleet.tick(HANG_S)
-    assert w.state() == "restarting"
+    assert w.state() == "hung"
 
 
 async def test_a_long_load_is_no_hang() -> None:
@@ -283,14 +283,14 @@ async def test_a_long_load_is_no_hang() -> None:
     assert w.state() == "starting"
     w.now += 1000
     w.fleet.tick(HANG_S)
-    assert w.state() == "restarting"
+    assert w.state() == "hung"
 
 
 async def test_another_wire_version_is_refused() -> None:
     w = World()
     w.start()
     w.say(Ready(1, protocol.PROTOCOL_VERSION + 1, LIMITS))
-    assert w.state() == "restarting"
+    assert w.state() == "dead"
     words = w.fleet.last_words(0)
     assert words is not None
     assert words[1] == 78
@@ -326,7 +326,7 @@ async def test_a_vanished_peer_is_lost() -> None:
     w.link.answer = "gone"
     stream = w.fleet.open([1], 5)
     assert not w.fleet.submit(stream, 0, Placement())
-    assert (w.state(), running.lost, stream.done) == ("restarting", True, False)
+    assert (w.state(), running.lost, stream.done) == ("dead", True, False)
 
 
 async def test_drain() -> None:
@@ -334,7 +334,7 @@ async def test_drain() -> None:
     w.ready(0)
     stream = w.submit()
     w.fleet.drain()
-    assert (w.state(0), w.state(1), w.link.last()) == ("draining", "restarting", Drain(1))
+    assert (w.state(0), w.state(1), w.link.last()) == ("draining", "dead", Drain(1))
     w.say(tokens(1, stream, 3, end=Finish(stream.id, "length")))
     assert stream.done
 
@@ -415,5 +415,5 @@ async def test_an_engine_that_goes_while_it_is_told_the_vocabulary() -> None:
     stream = w.fleet.open([1], 5)
     w.link.answer = "gone"
     assert not w.fleet.submit(stream, 0, Placement(grammar="start: /a/"))
-    assert w.state() == "restarting"
+    assert w.state() == "dead"
     assert stream.submitted_s is None

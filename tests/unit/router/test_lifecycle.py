@@ -51,7 +51,7 @@ class World:
         specs = [EngineSpec(model, ("true",), {}, config) for model in ("a", "b")]
         supervisor = Supervisor(specs, self.fleet, metrics, on_fatal="wait", clock=time.monotonic)
         gates = [
-            Gate(m, QueueBounds(1), lambda: self.fleet.ready_count("a"), time.monotonic)
+            Gate(m, QueueBounds(1), lambda: self.fleet.serving_count("a"), time.monotonic)
             for m in "ab"
         ]
         self.admission = Admission(gates)

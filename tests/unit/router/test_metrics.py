@@ -10,7 +10,7 @@ STATS = Stats(blocks_total=100, blocks_held=25, prefix_query_tokens=50, prefix_h
 
 def lines(*, vllm_names: bool) -> set[str]:
     metrics = Metrics(vllm_names=vllm_names)
-    metrics.add_replicas(lambda: [ReplicaSample("m", 0, "ready", 3, 0.5, 32, STATS)])
+    metrics.add_replicas(lambda: [ReplicaSample("m", 0, "serving", 3, 0.5, 32, STATS)])
     metrics.add_queues(lambda: [QueueSample("m", 2, 5, 64)])
     metrics.of_model("m").ttft_s.observe(0.2)
     metrics.of_model("m").prompt_tokens.inc(7)
@@ -20,7 +20,7 @@ def lines(*, vllm_names: bool) -> set[str]:
 
 def test_own_names() -> None:
     got = lines(vllm_names=False)
-    assert 'router_engine_state{model="m",replica="0",state="ready"} 1.0' in got
+    assert 'router_engine_state{model="m",replica="0",state="serving"} 1.0' in got
     assert 'router_engine_state{model="m",replica="0",state="parked"} 0.0' in got
     assert 'router_kv_usage_ratio{model="m",replica="0"} 0.25' in got
     assert 'router_requests_waiting{model="m"} 2.0' in got

@@ -197,7 +197,7 @@ async def test_restart_and_stop() -> None:
     sup = supervisor(book, READS + "import time; time.sleep(60)", on_fatal="wait")
     running = asyncio.create_task(sup.run())
     await until(lambda: bool(book.told))
-    sup.changed(0, "restarting", "no progress for 9 s")
+    sup.changed(0, "dead", "no progress for 9 s")
     await until(lambda: [entry[0] for entry in book.told].count("start") == 2)
     assert book.told[1] == ("lose", 0, "killed: no progress for 9 s")
     await sup.stop(5.0)
