@@ -92,6 +92,9 @@ class Completions:
         if len(prompts) * num_run(request) > MAX_SEQUENCES:
             raise BadRequest(f"Prompts times 'n' may be at most {MAX_SEQUENCES}.", param="n")
         add_special = request.add_special_tokens is not False
+        if request.truncate_prompt_tokens is not None:
+            # The rest cannot be among the last tokens that fit, and would cost seconds.
+            prompts = [prompt[-model.max_chars :] for prompt in prompts]
         encoded = await self._generations.encode(model, prompts, add_special=add_special)
         max_len = self._generations.max_len(model)
         tokens = tuple(truncated(ids, request.truncate_prompt_tokens, max_len) for ids in encoded)

@@ -92,6 +92,14 @@ async def test_a_long_prompt_is_cut_where_asked(router: Router) -> None:
             assert answer.json()["usage"]["prompt_tokens"] == expected
 
 
+async def test_an_endless_prompt_is_cut_before_it_is_tokenized(router: Router) -> None:
+    endless = "y" * 1_000_000 + "x" * 9
+    assert (await complete(router.app, prompt=endless)).status == 400
+    answer = await complete(router.app, prompt=endless, truncate_prompt_tokens=10, echo=True)
+    assert answer.json()["usage"]["prompt_tokens"] == 10
+    assert "y" + "x" * 9 in answer.json()["choices"][0]["text"]
+
+
 @pytest.mark.parametrize(
     ("wanted", "expected"), [(None, [1, 2, 3]), (2, [2, 3]), (7, [1, 2, 3]), (-1, [1, 2, 3])]
 )
