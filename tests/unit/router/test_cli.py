@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from router.arguments import parse
-from router.cli import _served_model, _specs, main, make_plan
+from router.cli import main
 from router.errors import StartError
+from router.planning import make_plan, make_specs, served_model
 from router.text.model import load_tokenizer
 from router.text.template import ChatTemplate
 from tests.router_process import tiny_model
@@ -78,7 +79,7 @@ def test_ids_without_text_are_told_to_the_engine(tmp_path: Path, padding: int) -
     file.write_text(json.dumps(settings), encoding="utf-8")
     config = parse(["--models", str(model), "--gpus", "cpu", "--load-format", "dummy"], {}).config
     made = make_plan(config, {})
-    (spec,) = _specs(config, made, [_served_model(config, made, 0)], {}, "ipc:///none")
+    (spec,) = make_specs(config, made, [served_model(config, made, 0)], {}, "ipc:///none")
     assert spec.config.text_ids == (size if padding else 0)
 
 
@@ -86,7 +87,7 @@ def test_a_chat_format_for_models_without_a_template(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     words = ["--models", f"a={model}", "--gpus", "cpu", "--conv-template", "llama-2"]
     config = parse(words, {}).config
-    template = _served_model(config, make_plan(config, {}), 0).template
+    template = served_model(config, make_plan(config, {}), 0).template
     assert isinstance(template, ChatTemplate)
     assert "[INST]" in template.source
     with pytest.raises(StartError, match="exclude each other"):

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from router.arguments import parse
-from router.cli import make_plan
 from router.errors import EXIT_CONFIG, StartError
+from router.planning import make_plan
 
 WORDS = ("--gpus", "cpu", "--models", "/no/such/model", "--quant")
 
