@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from router.errors import Overloaded, RateLimited, RequestError, RequestTimeout
 from router.fairness import Line, Ticket
+from router.versions import name_of
 
 RATE_WINDOW: Final = 64  # permits given back that the service rate is measured over
 MAX_RETRY_AFTER_S: Final = 60
@@ -57,6 +58,8 @@ class Ask:
 
 
 ANYONE: Final = Ask()
+
+Refusal = Callable[[str], RequestError]
 
 
 class ServiceRate:
@@ -104,7 +107,7 @@ class Permit:
 
 
 class Gate:
-    """The permits of one model.
+    """The permits of one model, known by its key.
 
     Invariants: a permit is held by exactly one `permit` block; nobody waits while a permit is free.
     """
@@ -117,18 +120,24 @@ class Gate:
         clock: Callable[[], float],
     ) -> None:
         self.model = model
-        self._bounds = bounds
+        self.bounds = bounds  # may be exchanged; they hold for newcomers
         self._permits = permits
         self._clock = clock
+        self._left_s = clock()  # when the last one left, served or not
         self._used = 0
         self._line = Line()
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._rate = ServiceRate()
-        self._closed: str | None = None
+        self._closed: Callable[[], RequestError] | None = None
 
     def view(self) -> GateView:
         """Numbers for metrics and the drain."""
-        return GateView(self.model, len(self._waiters), self._used, self._permits())
+        return GateView(name_of(self.model), len(self._waiters), self._used, self._permits())
+
+    @property
+    def idle_since_s(self) -> float | None:
+        """When the last one left; None while anyone waits or holds a permit."""
+        return None if self._used or self._waiters else self._left_s
 
     @property
     def is_free(self) -> bool:
@@ -163,14 +172,18 @@ class Gate:
                 self._used += 1
                 waiter.set_result(None)
 
-    def close(self, reason: str) -> None:
+    def close(self, reason: str, kind: Refusal = Overloaded) -> None:
         """Refuse newcomers from now on; who waits or holds a permit goes on."""
-        self._closed = reason
+        self._closed = lambda: kind(reason)
 
-    def evict(self, reason: str) -> None:
+    def open(self) -> None:
+        """Newcomers are welcome again."""
+        self._closed = None
+
+    def evict(self, reason: str, kind: Refusal = Overloaded) -> None:
         """Refuse those who wait."""
         for ticket in list(self._waiters):
-            self._refuse(ticket, Overloaded(reason))
+            self._refuse(ticket, kind(reason))
 
     def _refuse(self, ticket: Ticket, error: RequestError) -> None:
         self._line.remove(ticket)
@@ -180,11 +193,12 @@ class Gate:
 
     def _give_back(self) -> None:
         self._used -= 1
+        self._left_s = self._clock()
         self.refresh()
 
     async def _acquire(self, ticket: Ticket, deadline_s: float | None) -> None:
         if self._closed is not None:
-            raise Overloaded(self._closed)
+            raise self._closed()
         if self.is_free:
             self._used += 1
             return
@@ -198,7 +212,8 @@ class Gate:
             admitted = True
         except TimeoutError as error:
             raise RequestTimeout(
-                f"No engine of model '{self.model}' became free within the request's time limit."
+                f"No engine of model '{name_of(self.model)}' became free within the request's time "
+                "limit."
             ) from error
         finally:
             if not admitted:
@@ -206,7 +221,7 @@ class Gate:
 
     def _make_room(self, ticket: Ticket) -> None:
         """A full queue drops from the key that fills it most. Raises Overloaded, RateLimited."""
-        line, bounds = self._line, self._bounds
+        line, bounds = self._line, self.bounds
         while bounds.is_full(line.size, line.tokens, ticket.tokens):
             last = line.last_of_heaviest()
             own = line.tokens_of(ticket.tenant) + ticket.tokens
@@ -220,15 +235,15 @@ class Gate:
             return self._slow_down(ticket)  # others wait too, and this key has its share
         retry_after_s = self._retry_after_s(ticket)
         return Overloaded(
-            f"The queue for model '{self.model}' is full; try again in {retry_after_s} s.",
+            f"The queue for model '{name_of(self.model)}' is full; try again in {retry_after_s} s.",
             retry_after_s=retry_after_s,
         )
 
     def _slow_down(self, ticket: Ticket) -> RateLimited:
         retry_after_s = self._retry_after_s(ticket)
         return RateLimited(
-            f"The queue for model '{self.model}' is full and this key has its share of it; try "
-            f"again in {retry_after_s} s.",
+            f"The queue for model '{name_of(self.model)}' is full and this key has its share of "
+            f"it; try again in {retry_after_s} s.",
             retry_after_s=retry_after_s,
         )
 
@@ -236,6 +251,7 @@ class Gate:
         return self._rate.retry_after_s(self._clock(), self._line.tokens, ticket.tokens)
 
     def _leave(self, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
+        self._left_s = self._clock()
         if self._waiters.pop(ticket, None) is not None:
             self._line.remove(ticket)
         elif waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -251,12 +267,36 @@ class Admission:
     """One gate per model, and one more for the embeddings of a model that also generates.
 
     Texts to be embedded are background work of an engine: chats neither wait for their permits
-    nor lose any to them.
+    nor lose any to them. Models are known by their keys; `add` and `remove` change them.
     """
 
-    def __init__(self, gates: list[Gate], embedding_gates: Iterable[Gate] = ()) -> None:
+    def __init__(self, gates: Iterable[Gate], embedding_gates: Iterable[Gate] = ()) -> None:
         self._gates = {gate.model: gate for gate in gates}
         self._embedding_gates = {gate.model: gate for gate in embedding_gates}
+        self._came_later: set[str] = set()
+        self._closed = ""  # why newcomers of all models are refused
+
+    def add(self, gate: Gate, embedding_gate: Gate | None = None) -> None:
+        """One more model, while the server runs."""
+        self._gates[gate.model] = gate
+        self._came_later.add(gate.model)
+        if embedding_gate is not None:
+            self._embedding_gates[gate.model] = embedding_gate
+        if self._closed:
+            self.close(self._closed, gate.model)
+
+    def remove(self, model: str) -> None:
+        """Nobody may be there any more: those who wait are refused before, see `evict`."""
+        self._gates.pop(model, None)
+        self._embedding_gates.pop(model, None)
+        self._came_later.discard(model)
+
+    def __contains__(self, model: str) -> bool:
+        return model in self._gates
+
+    def came_later(self, model: str) -> bool:
+        """It was added while the server ran: whoever asks for it may wait for its first load."""
+        return model in self._came_later
 
     def permit(
         self,
@@ -268,27 +308,54 @@ class Admission:
         return self._gate(model, ask).permit(deadline_s, ask)
 
     def is_free(self, model: str, ask: Ask = ANYONE) -> bool:
-        """See `Gate.is_free`."""
-        return self._gate(model, ask).is_free
+        """See `Gate.is_free`. False for a model that is gone."""
+        return model in self._gates and self._gate(model, ask).is_free
 
     def refresh(self, model: str) -> None:
         """A replica of `model` became ready."""
         for gate in self._of(model):
             gate.refresh()
 
-    def close(self, reason: str) -> None:
-        """Refuse newcomers from now on."""
+    def bound(self, bounds: QueueBounds) -> None:
+        """From now on these hold for all queues."""
         for gate in self._of(None):
-            gate.close(reason)
+            gate.bounds = bounds
+            gate.refresh()
 
-    def evict(self, reason: str, model: str | None = None) -> None:
+    def close(self, reason: str, model: str | None = None, kind: Refusal = Overloaded) -> None:
+        """Refuse newcomers from now on, of one model or of any."""
+        if model is None:
+            self._closed = reason
+        for gate in self._of(model):
+            gate.close(reason, kind)
+
+    def open(self, model: str) -> None:
+        """Newcomers of this model are welcome again, unless the server stops."""
+        for gate in self._of(model):
+            if not self._closed:
+                gate.open()
+
+    def evict(self, reason: str, model: str | None = None, kind: Refusal = Overloaded) -> None:
         """Refuse those who wait, for one model or for any."""
         for gate in self._of(model):
-            gate.evict(reason)
+            gate.evict(reason, kind)
 
     def views(self) -> list[GateView]:
-        """Numbers of all models, those of both gates added up."""
-        return [_total([gate.view() for gate in self._of(model)]) for model in self._gates]
+        """Numbers of all models by their names, those of all their gates added up."""
+        views: dict[str, list[GateView]] = {}
+        for gate in self._of(None):
+            views.setdefault(name_of(gate.model), []).append(gate.view())
+        return list(map(_total, views.values()))
+
+    def waiting(self, model: str) -> int:
+        """How many wait for a permit."""
+        return sum(gate.view().waiting for gate in self._of(model))
+
+    def idle_since_s(self, model: str) -> float | None:
+        """When the last request of it ended, as far as it was admitted; None while there is one."""
+        times = [gate.idle_since_s for gate in self._of(model)]
+        known = [time for time in times if time is not None]
+        return max(known) if known and len(known) == len(times) else None
 
     @property
     def active(self) -> int:

@@ -38,6 +38,8 @@ HELP: Final = {
     "first-token-timeout": "seconds until its first token; 0 = no limit",
     "drain-timeout": "seconds that running requests may take to end after SIGTERM or Ctrl-C",
     "hang-timeout": "seconds without progress after which an engine is killed and restarted",
+    "idle-unload": "seconds without a request after which a model gives up its engines; the next "
+    "request starts them again; 0 = never",
     "max-len": "tokens of prompt and answer together; 0 = what the model can",
     "dtype": "auto, float32, bfloat16 or float16",
     "quant": "none, int8, fp8, nf4 or bnb-int8",

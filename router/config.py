@@ -49,6 +49,7 @@ class Options(
     first_token_timeout: Seconds = 0.0
     drain_timeout: Seconds = 30.0
     hang_timeout: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    idle_unload: Seconds = 0.0
     max_len: Count = 0
     dtype: DTypeName = "auto"
     quant: QuantName = "none"
@@ -119,6 +120,7 @@ class LimitConfig(msgspec.Struct, frozen=True, kw_only=True):
     first_token_timeout_s: float
     drain_timeout_s: float
     hang_timeout_s: float
+    idle_unload_s: float = 0.0
     on_fatal: Literal["exit", "wait"] = "exit"
 
 
@@ -188,6 +190,7 @@ def resolve(
             first_token_timeout_s=options.first_token_timeout,
             drain_timeout_s=options.drain_timeout,
             hang_timeout_s=options.hang_timeout,
+            idle_unload_s=options.idle_unload,
             on_fatal=options.on_fatal,
         ),
         engine=_engine_options(options),
@@ -261,7 +264,7 @@ def _parse_model(entry: str) -> ModelArgument:
     if not at:
         source, gpu = rest, ""
     parts = tuple(name.strip() for name in names.split("|")) if equals else ()
-    if not source.strip() or (at and not gpu.strip()) or not all(parts):
+    if not source.strip() or (at and not gpu.strip()) or not all(parts) or "\0" in entry:
         raise ValueError(f"--models: '{entry}' is not of the form [NAME=]SOURCE[@GPU]")
     return ModelArgument(parts, source.strip(), gpu.strip() or None)
 

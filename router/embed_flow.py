@@ -77,9 +77,13 @@ class EmbedFlow:
         self._alarms: set[Alarm] = set()  # of the requests that run
         fleet.subscribe(self._on_replica_change)
 
+    def limit(self, settings: FlowSettings) -> None:
+        """From now on these hold; requests that run keep the time limits they came with."""
+        self._settings = settings
+
     def told_limits(self, model: ServedModel) -> EmbeddingLimits | None:
         """As of now: size 0 if its engines make none, None if none was ready yet."""
-        told = [view.limits for view in self._fleet.views(model.name) if view.limits]
+        told = [view.limits for view in self._fleet.views(model.key) if view.limits]
         if not told:
             return None
         longest = min(model.max_len, *(limits.max_len for limits in told))
@@ -90,7 +94,7 @@ class EmbedFlow:
         """Raises BadRequest if its engines make none, Overloaded if none was ready yet."""
         limits = self.told_limits(model)
         if limits is None:
-            raise self._fleet.unavailable(model.name)
+            raise self._fleet.unavailable(model.key)
         if limits.size == 0:
             raise BadRequest(
                 f"The model '{model.name}' makes no embeddings; see 'capabilities' in /v1/models.",
@@ -104,15 +108,15 @@ class EmbedFlow:
 
         Raises RequestError; what it held is free again when it ends or is cancelled.
         """
-        record, name = job.record, job.model.name
-        record.model = name
+        record, key = job.record, job.model.key
+        record.model = job.model.name
         record.texts = len(job.texts)
         record.prompt_tokens = sum(map(len, job.texts)) // _TOKEN_BYTES
         limits = self._settings.deadlines(record.started_s)
         alarm = Alarm(self._clock, limits.end_s)
         ask = Ask(record.prompt_tokens, job.tenant, embeds=True)
         permit = hold_permit(
-            self._fleet, self._admission, self._metrics, name, limits.permit_s, ask
+            self._fleet, self._admission, self._metrics, job.model, limits.permit_s, ask
         )
         async with permit:
             record.queue_s = self._clock() - record.started_s
@@ -125,8 +129,8 @@ class EmbedFlow:
                     await alarm.wait()
                     run.gather()
                     if alarm.expired and not run.done:
-                        if not self._fleet.serving_count(name):
-                            raise self._fleet.unavailable(name)
+                        if not self._fleet.serving_count(key):
+                            raise self._fleet.unavailable(key)
                         raise RequestTimeout("The request's time limit has passed.")
             finally:
                 alarm.stop()
@@ -141,9 +145,9 @@ class EmbedFlow:
         Raises Quarantined for a text that two engines died of, and Overloaded when the model's
         engines are given up.
         """
-        views = self._fleet.views(run.model)
-        if all(view.state == "parked" for view in views):
-            raise self._fleet.unavailable(run.model)
+        views = self._fleet.views(run.key)
+        if all(view.state in ("parked", "asleep") for view in views):
+            raise self._fleet.unavailable(run.key)
         window_tokens = WINDOW_TOKENS * sum(view.ready for view in views)
         texts = chain(run.unplaced(), run.open_while(window_tokens))
         for sent, text in enumerate(texts, 1):
@@ -158,7 +162,7 @@ class EmbedFlow:
             self._metrics.quarantined.inc()
             logs.error("request_quarantined", request_id=text.request_id, model=run.model)
             raise Quarantined
-        replica = choose(self._fleet.views(run.model), {}, self._settings.max_concurrency)
+        replica = choose(self._fleet.views(run.key), {}, self._settings.max_concurrency)
         if replica is None or not self._fleet.submit(text, replica, _PLACEMENT):
             return False
         if text.lost:
@@ -189,7 +193,7 @@ class _Run:
 
     def __init__(self, job: EmbeddingJob, fleet: Fleet, event: WakeUp) -> None:
         self.job = job
-        self.model = job.model.name
+        self.model, self.key = job.model.name, job.model.key
         self.vectors = [b""] * len(job.texts)
         self.moves = Counter[int]()
         self._fleet = fleet

@@ -19,6 +19,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         EngineFailed           500 internal_error
           Quarantined            500 request_quarantined
         Overloaded             503 server_is_overloaded
+        ModelUnloaded          503 model_unloaded
         RequestTimeout         504 request_timeout
         ClientGone             499, never answered: there is nobody left to read it
       GrammarError           what an answer should look like cannot be enforced; no field known yet
@@ -244,6 +245,20 @@ class Overloaded(RequestError):
             type="server_error",
             code="server_is_overloaded",
             retry_after_s=max(1, retry_after_s),
+        )
+
+
+class ModelUnloaded(RequestError):
+    """The operator took the model's engines away; only the operator brings them back."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            status=503,
+            type="server_error",
+            code="model_unloaded",
+            param="model",
+            retry_after_s=30,
         )
 
 

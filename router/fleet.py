@@ -23,6 +23,7 @@ from router import logs
 from router.errors import EXIT_CONFIG, Overloaded
 from router.metrics import Metrics, ReplicaSample
 from router.streams import ReplicaState, ReplicaView, Stream, StreamTable, WakeUp, deliver
+from router.versions import name_of
 
 FIRST_FRAME_LIMIT_S: Final = 600.0  # imports on a slow disk; exit and end-of-file come at once
 BUSY_FACTOR: Final = 10.0  # an announced silence may take this much longer than announced
@@ -35,6 +36,7 @@ ADVICE: Final[dict[ReplicaState, str]] = {
     "hung": "its engine made no progress and is being restarted, try again soon",
     "dead": "its engine is being restarted, try again soon",
     "parked": "its engine failed repeatedly and needs the operator",
+    "asleep": "it has no engine at the moment, try again soon",
 }
 
 GONE: Final = ("hung", "dead", "parked")  # states without an engine that works
@@ -147,18 +149,15 @@ class Fleet:
             age_s = now - r.heard_s if running else 0.0
             block_size = r.limits.block_size if r.limits else 0
             samples.append(
-                ReplicaSample(r.model, r.index, r.state, running, age_s, block_size, r.stats)
+                ReplicaSample(
+                    name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats
+                )
             )
         return samples
 
     def unavailable(self, model: str) -> Overloaded:
         """The answer while no replica is ready: which model, in which state, since when."""
-        best = min(self.of_model(model), key=lambda replica: replica.state == "parked")
-        since_s = max(0.0, self._clock() - best.since_s)
-        return Overloaded(
-            f"Model '{model}' is {best.state} since {since_s:.0f} s: {ADVICE[best.state]}.",
-            retry_after_s=30 if best.state == "parked" else 2,
-        )
+        return _unavailable(name_of(model), self.of_model(model), self._clock())
 
     # -- the life of a replica
 
@@ -389,6 +388,17 @@ class Fleet:
             logs.warning("bad_frame", replica=replica.index, reason=reason, frames=count)
             self._bad_frame_logged_s = now
             self._bad_frames_unlogged = 0
+
+
+def _unavailable(name: str, replicas: list[Replica], now: float) -> Overloaded:
+    best = min(replicas, key=lambda replica: replica.state == "parked", default=None)
+    if best is None:
+        return Overloaded(f"Model '{name}' was exchanged or removed.", retry_after_s=2)
+    since_s = max(0.0, now - best.since_s)
+    return Overloaded(
+        f"Model '{name}' is {best.state} since {since_s:.0f} s: {ADVICE[best.state]}.",
+        retry_after_s=30 if best.state == "parked" else 2,
+    )
 
 
 def _order(epoch: int, stream: Stream, placement: Orders) -> protocol.Submit:

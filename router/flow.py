@@ -168,8 +168,12 @@ class Flow:
 
     def max_len(self, model: ServedModel) -> int:
         """Tokens that prompt and answer may have together, as of now."""
-        told = [view.limits.max_len for view in self._fleet.views(model.name) if view.limits]
+        told = [view.limits.max_len for view in self._fleet.views(model.key) if view.limits]
         return min([model.max_len, *told])
+
+    def limit(self, settings: FlowSettings) -> None:
+        """From now on these hold; requests that run keep the time limits they came with."""
+        self._settings = settings
 
     def check_room(self, model: ServedModel, num_tokens: int, *, param: str) -> None:
         """Raises ContextLengthExceeded unless at least one token fits behind the prompt."""
@@ -195,9 +199,9 @@ class Flow:
         limits = self._settings.deadlines(record.started_s)
         alarm = Alarm(self._clock, limits.first_token_s)
         wait = hold_permit(
-            self._fleet, self._admission, self._metrics, record.model, limits.permit_s, job.ask
+            self._fleet, self._admission, self._metrics, job.model, limits.permit_s, job.ask
         )
-        at_once = self._admission.is_free(record.model, job.ask)
+        at_once = self._admission.is_free(job.model.key, job.ask)
         async with Entry(wait, at_once=at_once) as entry:
             while await entry.waits(self._settings.ping_s):
                 yield []
@@ -210,7 +214,7 @@ class Flow:
                 while not await self._place_all(job, choices):
                     await alarm.wait()
                     if alarm.expired:
-                        raise self._fleet.unavailable(job.model.name)
+                        raise self._fleet.unavailable(job.model.key)
                     if alarm.rang():
                         yield []
                 yield []
@@ -241,7 +245,7 @@ class Flow:
         max_len = self.max_len(job.model)
         choices: list[_Choice] = []
         for prompt in job.prompts:
-            hashes = chain(prompt, job.salt, job.model.name)
+            hashes = chain(prompt, job.salt, job.model.key)
             room = max(max_len - len(prompt), 1)
             max_new = room if job.max_new is None else min(max(job.max_new, 1), room)
             for _ in range(job.n):
@@ -273,7 +277,7 @@ class Flow:
         Raises Quarantined for a choice that two engines died of, and Overloaded when the model's
         engines are given up.
         """
-        name = job.model.name
+        name, key = job.model.name, job.model.key
         for choice in choices:
             stream = choice.stream
             if not choice.needs_engine:
@@ -283,12 +287,12 @@ class Flow:
                 logs.error("request_quarantined", request_id=job.record.request_id, model=name)
                 raise Quarantined
             now = self._clock()
-            views = self._fleet.views(name)
+            views = self._fleet.views(key)
             hits = self._prefixes.hits(choice.hashes, now)
             replica = choose(views, hits, self._settings.max_concurrency)
             if replica is None:
-                if all(view.state == "parked" for view in views):
-                    raise self._fleet.unavailable(name)
+                if all(view.state in ("parked", "asleep") for view in views):
+                    raise self._fleet.unavailable(key)  # given up, or taken away
                 return False
             if not self._fleet.submit(stream, replica, choice.placement):
                 return False

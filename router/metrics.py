@@ -25,7 +25,7 @@ from engine.protocol import Stats
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-ENGINE_STATES: Final = ("starting", "serving", "draining", "hung", "dead", "parked")
+ENGINE_STATES: Final = ("starting", "serving", "draining", "hung", "dead", "parked", "asleep")
 
 LATENCY_BUCKETS_S: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80,

@@ -26,7 +26,7 @@ from engine.protocol import (
     unpack_tokens,
 )
 
-ReplicaState = Literal["starting", "serving", "draining", "hung", "dead", "parked"]
+ReplicaState = Literal["starting", "serving", "draining", "hung", "dead", "parked", "asleep"]
 
 
 class ReplicaView(NamedTuple):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from router.admission import Admission, Ask, Permit
-from router.errors import Overloaded, RateLimited, RequestTimeout
+from router.errors import ModelUnloaded, Overloaded, RateLimited, RequestTimeout
 from router.fleet import Fleet
 from router.metrics import Metrics
-from router.streams import WakeUp
+from router.streams import ReplicaView, WakeUp
+from router.text.served import ServedModel
 
 T = TypeVar("T")
 
@@ -59,26 +60,36 @@ async def hold_permit(
     fleet: Fleet,
     admission: Admission,
     metrics: Metrics,
-    model: str,
+    model: ServedModel,
     deadline_s: float | None,
     ask: Ask,
 ) -> AsyncGenerator[Permit]:
-    """A permit. A wait that takes the whole time limit is overload, not the client's fault."""
-    views = fleet.views(model)
-    if all(view.state == "parked" for view in views) or not any(v.limits for v in views):
-        # given up, or never ready yet: no queue for what may take minutes
-        raise fleet.unavailable(model)
+    """A permit. A wait that takes the whole time limit is overload, not the client's fault.
+
+    Who waits for a model whose engines are asleep is what wakes them.
+    """
+    if model.key not in admission:
+        raise Overloaded(f"Model '{model.name}' was just exchanged or removed, try again.")
+    if _is_hopeless(fleet.views(model.key), came_later=admission.came_later(model.key)):
+        raise fleet.unavailable(model.key)
     async with AsyncExitStack() as stack:
         try:
-            wait = admission.permit(model, deadline_s, ask)
+            wait = admission.permit(model.key, deadline_s, ask)
             permit = await stack.enter_async_context(wait)
-        except RateLimited:
-            metrics.refused.labels(model).inc()
+        except (RateLimited, ModelUnloaded):
+            metrics.refused.labels(model.name).inc()
             raise
         except (RequestTimeout, Overloaded) as error:
-            metrics.refused.labels(model).inc()
+            metrics.refused.labels(model.name).inc()
             raise Overloaded(error.message, retry_after_s=error.retry_after_s or 1) from error
         yield permit
+
+
+def _is_hopeless(views: list[ReplicaView], *, came_later: bool) -> bool:
+    """Given up, or loading as the server starts: no queue for what may take minutes."""
+    if all(view.state == "parked" for view in views):
+        return True
+    return not came_later and not any(view.limits or view.state == "asleep" for view in views)
 
 
 class Entry(Generic[T]):

@@ -17,11 +17,12 @@ from router.text.pooling import PoolingRule
 from router.text.scanner import ThinkingRule
 from router.text.tokenizer import Tokenizer
 from router.text.tool_forms import ToolForm
+from router.versions import key_of
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model as clients see it. `names[0]` is its key in fleet, admission and metrics.
+    """One model as clients see it. `name` stands in metrics; fleet and admission know its `key`.
 
     `max_len` bounds prompt and answer together; engines may report less. One that does not
     `generate` (an encoder) makes embeddings only. `thinking` is None where the model does not
@@ -37,6 +38,12 @@ class ServedModel:
     pooling: PoolingRule = field(default_factory=PoolingRule)
     tool_form: ToolForm = field(default_factory=ToolForm)
     thinking: ThinkingRule | None = None
+    version: int = 1  # how often its name came to mean other files
+
+    @property
+    def key(self) -> str:
+        """What fleet and admission know it by."""
+        return key_of(self.name, self.version)
 
     @property
     def name(self) -> str:
@@ -85,16 +92,34 @@ class ServedModel:
 
 
 class ModelTable:
-    """All served models by each of their names. A name from a request is only ever a key here."""
+    """All served models by each of their names, and by key those that engines still work for.
+
+    A name from a request is only ever a key here. `show` exchanges the whole list: a reader finds
+    the old one or the new one.
+    """
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._by_key: dict[str, ServedModel] = {}
+        self.show(models)
+
+    def show(self, models: Iterable[ServedModel]) -> None:
+        """From now on clients see these. Those they saw before keep their keys until `forget`."""
         self.models = tuple(models)
         self._by_name = {name: model for model in self.models for name in model.names}
+        self._by_key |= {model.key: model for model in self.models}
+
+    def forget(self, key: str) -> None:
+        """No engine works for that one any more."""
+        self._by_key.pop(key, None)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, in the order of the command line."""
         return tuple(self._by_name)
+
+    def of_key(self, key: str) -> ServedModel:
+        """The model that engines know by this key. Raises KeyError."""
+        return self._by_key[key]
 
     def find(self, name: str) -> ServedModel:
         """Raises ModelNotFound, which lists the names."""

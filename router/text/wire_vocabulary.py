@@ -32,6 +32,6 @@ def vocabulary_of(models: ModelTable) -> Callable[[str, int, int], Vocabulary]:
     """`router.fleet.VocabularyOf` for these models."""
 
     def vocabulary(model: str, vocab_size: int, epoch: int) -> Vocabulary:
-        return wire_vocabulary(models.find(model).tokenizer, vocab_size, epoch)
+        return wire_vocabulary(models.of_key(model).tokenizer, vocab_size, epoch)
 
     return vocabulary

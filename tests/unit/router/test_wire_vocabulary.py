@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from engine.protocol import unpack_tokens
-from router.errors import RequestError
 from router.text.model import load_text
 from router.text.served import ModelTable, ServedModel
 from router.text.wire_vocabulary import vocabulary_of, wire_vocabulary
@@ -37,10 +36,23 @@ def test_ids_without_text_and_ids_without_a_place(tmp_path: Path) -> None:
     assert all(token < 4 for token in cut.special)
 
 
-def test_of_a_model_by_its_name(tmp_path: Path) -> None:
+def test_of_a_model_by_its_key(tmp_path: Path) -> None:
     text = load_text(write_tiny_model(tmp_path))
     model = ServedModel(("m", "alias"), text.tokenizer, text.template, 100, 0)
     ask = vocabulary_of(ModelTable([model]))
     assert ask("m", VOCAB_SIZE, 3) == wire_vocabulary(text.tokenizer, VOCAB_SIZE, 3)
-    with pytest.raises(RequestError):
-        ask("other", VOCAB_SIZE, 3)
+    with pytest.raises(KeyError):
+        ask("alias", VOCAB_SIZE, 3)
+
+
+def test_a_model_that_was_exchanged_keeps_its_key_until_it_is_forgotten(tmp_path: Path) -> None:
+    text = load_text(write_tiny_model(tmp_path))
+    old = ServedModel(("m", "alias"), text.tokenizer, text.template, 100, 0)
+    new = ServedModel(("m",), text.tokenizer, text.template, 200, 0, version=2)
+    table = ModelTable([old])
+    table.show([new])
+    assert (table.names, table.find("m")) == (("m",), new)
+    assert (table.of_key(old.key), table.of_key(new.key)) == (old, new)
+    table.forget(old.key)
+    with pytest.raises(KeyError):
+        table.of_key(old.key)
