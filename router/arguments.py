@@ -62,6 +62,7 @@ HELP: Final = {
     "engine-command": "another program that speaks the engine's side of the wire",
     "log-format": "text or json",
     "log-level": "debug, info, warning or error",
+    "log-file": "file to add the log to; SIGUSR2 opens it anew (default: standard error)",
     "metrics-names": "own, or vllm to add the names that vLLM's dashboards ask for",
     "on-fatal": "exit or wait, when an engine fails for good",
     "insecure-no-auth": "allow other addresses than loopback without any key",

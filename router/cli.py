@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from router.config import RouterConfig
     from router.fleet import Fleet
     from router.link import IpcLink
-    from router.logs import BackgroundLines
+    from router.logs import BackgroundLines, LogFile
     from router.sources import ModelSource
     from router.supervisor import EngineSpec
     from router.text.served import ServedModel
@@ -38,13 +38,24 @@ def main(words: Sequence[str] | None = None) -> int:
     As a command (`words` None) it leaves the process itself: nobody waits for threads that still
     work on a text, or that write to a standard error which nobody reads.
     """
+    if words is None:
+        _fill_standard_streams()
     code = run(sys.argv[1:] if words is None else words)
     if words is None:
         for file in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, None
                 file.flush()
         os._exit(code)
     return code
+
+
+def _fill_standard_streams() -> None:
+    """Who was started with one of them closed gets /dev/null there, not its next socket."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 def run(words: Sequence[str]) -> int:
@@ -55,7 +66,8 @@ def run(words: Sequence[str]) -> int:
             return check(invocation, os.environ)
         return serve(invocation, os.environ)
     except StartError as error:
-        sys.stderr.write(f"router: {error.message}\n")
+        with contextlib.suppress(OSError, AttributeError):  # full or closed: the code still tells
+            sys.stderr.write(f"router: {error.message}\n")
         return error.code
     except KeyboardInterrupt:  # a signal while nothing was started yet
         return EXIT_OK
@@ -108,7 +120,7 @@ def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # until the lifecycle takes over
     config = invocation.config
-    lines = logs.start(config.log_format, config.log_level)
+    lines = logs.start(config.log_format, config.log_level, _log_file(config.log_file))
     with contextlib.ExitStack() as stack:
         stack.callback(lines.stop)
         plan = planning.make_plan(config, environ)
@@ -122,6 +134,16 @@ def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
         specs = planning.make_specs(config, plan, models, environ, _open(link, environ))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_run(config, models, specs, link, listener, lines))
+
+
+def _log_file(path: str) -> LogFile:
+    from router.logs import LogFile
+
+    try:
+        return LogFile(path)
+    except OSError as error:
+        text = f"cannot open --log-file {path}: {error.strerror}"
+        raise StartError(text, EXIT_CONFIG) from error
 
 
 def _interrupt(number: int, _frame: object) -> NoReturn:

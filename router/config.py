@@ -69,6 +69,7 @@ class Options(
     engine_command: str = ""
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
+    log_file: str = ""
     metrics_names: Literal["own", "vllm"] = "own"
     on_fatal: Literal["exit", "wait"] = "exit"
     insecure_no_auth: bool = False
@@ -156,6 +157,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str  # the same
     log_format: LogFormat
     log_level: LogLevel
+    log_file: str  # empty = standard error
 
 
 def resolve(
@@ -201,6 +203,7 @@ def resolve(
         reasoning_parser=options.reasoning_parser,
         log_format=options.log_format,
         log_level=options.log_level,
+        log_file=options.log_file,
     )
 
 

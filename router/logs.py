@@ -15,10 +15,11 @@ import queue
 import re
 import threading
 import time
-from typing import IO, Final
+from typing import Final
 
 MAX_FIELD_CHARS: Final = 1000
 QUEUE_LINES: Final = 10_000
+BATCH_LINES: Final = 200  # written at once, so that a slow disk is asked less often
 
 # All but printable text: control characters, escapes, line separators, lone surrogates, bidi marks.
 _UNSAFE = re.compile(
@@ -104,18 +105,67 @@ def _text(value: Field) -> str:
     return str(value)
 
 
-class BackgroundLines(logging.Handler):
-    """Formats in the caller, writes in a thread of its own; counts the lines it had to drop."""
+class LogFile:
+    """Where lines go: standard error, or a file that is appended to and can be opened anew."""
 
-    def __init__(
-        self, file: IO[str], capacity: int = QUEUE_LINES, *, owns_file: bool = False
-    ) -> None:
+    def __init__(self, path: str = "") -> None:
+        """Raises OSError when `path` cannot be opened; "" is standard error."""
+        self._path = path
+        self._fd = _open_file(path) if path else _own_stderr()
+        self._torn = False  # it ends in the middle of a line
+
+    def write(self, lines: bytes) -> None:
+        """All of it, ending in a newline. Raises OSError; what was written until then stays."""
+        rest = memoryview(b"\n" + lines if self._torn else lines)
+        while rest:
+            written = os.write(self._fd, rest)
+            self._torn = rest[written - 1] != ord("\n")
+            rest = rest[written:]
+
+    def reopen(self) -> None:
+        """After the file was moved away. Raises OSError, and goes on with the old one then."""
+        if self._path:
+            old, self._fd = self._fd, _open_file(self._path)
+            self._torn = False
+            os.close(old)
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._fd)
+
+
+def _open_file(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+
+def _own_stderr() -> int:
+    """A descriptor that nobody else closes; where standard error is closed, one that swallows."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+class BackgroundLines(logging.Handler):
+    """Formats in the caller, writes in a thread of its own; counts the lines it had to drop.
+
+    Once lines can be written again, one of them says how many were lost.
+    """
+
+    def __init__(self, file: LogFile, capacity: int = QUEUE_LINES) -> None:
         super().__init__()
-        self.lost_lines = 0
         self._file = file
-        self._owns_file = owns_file
         self._lines: queue.Queue[str | None] = queue.Queue(capacity)
+        self._unqueued = 0  # counted by the callers
+        self._unwritten = 0  # by the thread
+        self._told = 0
+        self._reopening = threading.Event()
         self._thread = threading.Thread(target=self._write_lines, name="logs", daemon=True)
+
+    @property
+    def lost_lines(self) -> int:
+        """Lines that found the queue full or could not be written."""
+        return self._unqueued + self._unwritten
 
     def start(self) -> None:
         """Starts the writing thread."""
@@ -129,7 +179,13 @@ class BackgroundLines(logging.Handler):
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self.lost_lines += 1
+            self._unqueued += 1
+
+    def reopen(self) -> None:
+        """Opens the file anew, soon: it was moved away, as logrotate does. Never waits."""
+        self._reopening.set()
+        with contextlib.suppress(queue.Full):  # then the thread is at work, and sees it
+            self._lines.put_nowait("")
 
     def stop(self, timeout_s: float = 1.0) -> None:
         """Writes what is queued, for at most `timeout_s`."""
@@ -138,33 +194,48 @@ class BackgroundLines(logging.Handler):
         self._thread.join(timeout_s)
 
     def _write_lines(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                self._file.write(line + "\n")
-                if self._lines.empty():
-                    self._file.flush()
-            except (OSError, ValueError):  # disk full, closed: the service goes on
-                self.lost_lines += 1
-        if self._owns_file:
-            with contextlib.suppress(OSError):
-                self._file.close()
+        stopped = False
+        while not stopped:
+            batch = [self._lines.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < BATCH_LINES:
+                    batch.append(self._lines.get_nowait())
+            stopped = None in batch
+            if self._reopening.is_set():
+                self._reopen()
+            self._write([line for line in batch if line])
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, lines: list[str]) -> None:
+        lost = self.lost_lines
+        if lost > self._told:
+            lines.append(self._warning("log_lines_lost", lines=lost - self._told))
+        try:
+            text = "".join([line + "\n" for line in lines])
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._told = lost
+        except OSError:  # disk full, nobody reads: the service goes on
+            self._unwritten += len(lines) - (lost > self._told)
+
+    def _reopen(self) -> None:
+        self._reopening.clear()
+        try:
+            self._file.reopen()
+        except OSError as error:
+            self._write([self._warning("log_file_not_reopened", reason=error.strerror)])
+
+    def _warning(self, name: str, **fields: Field) -> str:
+        values = {"name": "router", "levelno": logging.WARNING, "levelname": "WARNING"}
+        return self.format(logging.makeLogRecord({**values, "msg": name, "fields": fields}))
 
 
-def _own_stderr() -> IO[str]:
-    """Standard error behind a lock of its own: who waits in it delays nobody else."""
-    try:
-        return open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-    except OSError:  # closed: the lines go nowhere
-        return open(os.devnull, "w", encoding="utf-8")
-
-
-def start(form: str, level: str, file: IO[str] | None = None) -> BackgroundLines:
+def start(form: str, level: str, file: LogFile | None = None) -> BackgroundLines:
     """Sends the events of "router" to `file` (standard error); `form` is "json" or "text".
 
-    The caller must `stop` the returned handler at the end.
+    The caller must `stop` the returned handler at the end, which closes the file.
     """
-    owned = file is None
-    lines = BackgroundLines(_own_stderr() if file is None else file, owns_file=owned)
+    lines = BackgroundLines(LogFile() if file is None else file)
     lines.setFormatter(JsonLines() if form == "json" else TextLines())
     logger = logging.getLogger("router")
     logger.handlers[:] = [lines]
