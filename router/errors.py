@@ -22,6 +22,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         ModelUnloaded          503 model_unloaded
         RequestTimeout         504 request_timeout
         ClientGone             499, never answered: there is nobody left to read it
+          SlowClient             499 slow_client: it read too little of its answer
       GrammarError           what an answer should look like cannot be enforced; no field known yet
       StartError             command line, configuration, port, device: exit code and one sentence
 """
@@ -267,6 +268,15 @@ class ClientGone(RequestError):
 
     def __init__(self, message: str = "The client closed the connection.") -> None:
         super().__init__(message, status=499, type="client_error", code="client_gone")
+
+
+class SlowClient(ClientGone):
+    """The client does not read its answer, so its connection was ended. For logs and counters,
+    and for the end of a stream that it may yet read."""
+
+    def __init__(self, message: str = "The answer was not read, so it was given up.") -> None:
+        super().__init__(message)
+        self.code = "slow_client"
 
 
 class GrammarError(RouterError):

@@ -22,7 +22,15 @@ from engine.protocol import Finish, FinishReason, Limits, Sampling, Stats
 from router import logs
 from router.errors import EXIT_CONFIG, Overloaded
 from router.metrics import Metrics, ReplicaSample
-from router.streams import ReplicaState, ReplicaView, Stream, StreamTable, WakeUp, deliver
+from router.streams import (
+    SLOW_CLIENT,
+    ReplicaState,
+    ReplicaView,
+    Stream,
+    StreamTable,
+    WakeUp,
+    deliver,
+)
 from router.versions import name_of
 
 FIRST_FRAME_LIMIT_S: Final = 600.0  # imports on a slow disk; exit and end-of-file come at once
@@ -369,8 +377,8 @@ class Fleet:
         streams = self._table.of_replica(replica.index)
         vocab_size = replica.limits.vocab_size if replica.limits else 0
         for stream, reason in deliver(message, streams, vocab_size, replica.heard_s):
-            self._metrics.bad_frames.inc()
-            self.cut(stream, f"the engine sent nonsense: {reason}")
+            self._metrics.bad_frames.inc(reason != SLOW_CLIENT)
+            self.cut(stream, reason)
         for finish in message.finished:
             ended = streams.get(finish.id)
             if ended is None:

@@ -26,10 +26,11 @@ from router.errors import (
     Overloaded,
     Quarantined,
     RequestTimeout,
+    SlowClient,
 )
 from router.fleet import GONE, Fleet, Replica
 from router.metrics import Metrics, ModelMetrics
-from router.streams import Delta, Stream, TokenLogprob, WakeUp
+from router.streams import SLOW_CLIENT, Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
 from router.text.served import ServedModel
 from router.waiting import Alarm, Entry, FlowSettings, hold_permit
@@ -451,9 +452,11 @@ class _Choice:
 
 
 def _raise_failure(job: Job, end: Finish) -> None:
-    """Raises Overloaded or EngineFailed for an end that is no natural one."""
+    """Raises Overloaded, SlowClient or EngineFailed for an end that is no natural one."""
     if end.reason == "abort":
         raise Overloaded(end.detail or "The server is stopping.")
+    if end.detail == SLOW_CLIENT:
+        raise SlowClient
     if end.reason == "error":
         logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
         raise EngineFailed

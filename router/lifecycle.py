@@ -42,6 +42,7 @@ FAREWELL_S: Final = 2.0  # for cut streams to write their end
 ENGINE_GRACE_S: Final = 5.0
 HTTP_GRACE_S: Final = 2  # for connections that still write, at the very end
 LAG_WINDOW_S: Final = 60.0
+KEEP_ALIVE_S: Final = 75  # between two requests of a connection
 
 
 class HttpServer(uvicorn.Server):
@@ -298,7 +299,7 @@ def make_http_server(app: ASGIApp) -> HttpServer:
             server_header=False,
             proxy_headers=False,
             backlog=2048,
-            timeout_keep_alive=75,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=HTTP_GRACE_S,
         )
     )

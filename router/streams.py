@@ -3,7 +3,7 @@
 Owns the streams, the table id -> Stream, and so the load of each replica (derived, never counted).
 Must not know sockets, text or HTTP. The fleet writes
 (`append`, `end`), one flow reads (`wait`, `take`); both run on the router's one event loop.
-A reader that is slow finds more tokens in its next `take`: nothing queues up.
+A reader that is slow finds more tokens in its next `take`, up to UNREAD_BYTES of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,11 @@ from engine.protocol import (
     unpack_floats,
     unpack_tokens,
 )
+
+UNREAD_BYTES: Final = 2 * 1024 * 1024  # that may wait for one reader, as the next two count them
+TOKEN_BYTES: Final = 40  # a Python int in a list
+LOGPROB_BYTES: Final = 120  # one token's or one rival's, as a tuple
+SLOW_CLIENT: Final = "slow_client"  # detail of the end of a stream whose reader fell behind
 
 ReplicaState = Literal["starting", "serving", "draining", "hung", "dead", "parked", "asleep"]
 
@@ -106,7 +111,9 @@ class Stream:
 
     __slots__ = (
         "_event",
+        "_has_logprobs",
         "_logprobs",
+        "_num_rivals",
         "_prompt_logprobs",
         "_prompt_taken",
         "_taken",
@@ -146,13 +153,21 @@ class Stream:
         self._event = WakeUp() if event is None else event
         self._taken = 0
         self._prompt_taken = 0
-        self._logprobs: list[TokenLogprob] = []
+        self._has_logprobs = False
+        self._num_rivals = 0  # of those in the next two
+        self._logprobs: list[TokenLogprob] = []  # not taken yet
         self._prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def done(self) -> bool:
         """No more tokens will come (unless it is reopened)."""
         return self.finish is not None
+
+    @property
+    def unread_bytes(self) -> int:
+        """What waits for the reader takes about so much memory."""
+        num_told = len(self._logprobs) + len(self._prompt_logprobs) + self._num_rivals
+        return (len(self.tokens) - self._taken) * TOKEN_BYTES + num_told * LOGPROB_BYTES
 
     def append(self, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
         """The engine generated `tokens`. Ignored after the end.
@@ -161,19 +176,23 @@ class Stream:
         """
         if self.finish is not None:
             return
-        if logprobs is not None or self._logprobs:
+        if logprobs is not None or self._has_logprobs:
             if logprobs is None or len(logprobs) != len(tokens):
                 raise ValueError("log-probabilities and tokens do not pair")
-            if len(self._logprobs) != len(self.tokens):
+            if self.tokens and not self._has_logprobs:
                 raise ValueError("log-probabilities begin in the middle")
+            self._has_logprobs = True
             self._logprobs += logprobs
+            self._num_rivals += sum([len(entry.top) for entry in logprobs])
         self.tokens += tokens
         self._event.set()
 
     def append_token(self, token: int) -> bool:
         """`append` in its usual case; False, and nothing is done, in any other (also the first)."""
         tokens = self.tokens
-        if not tokens or self._logprobs or self.finish is not None or len(tokens) >= self.max_new:
+        if not tokens or self._has_logprobs or self.finish is not None:
+            return False
+        if len(tokens) >= self.max_new or self.unread_bytes > UNREAD_BYTES:
             return False
         tokens.append(token)
         self._event.set()
@@ -184,9 +203,11 @@ class Stream:
 
         A continued stream computes its prompt again on another engine, hence the skipping.
         """
-        known = 1 + len(self._prompt_logprobs)
+        known = 1 + self._prompt_taken + len(self._prompt_logprobs)
         if self.finish is None and start <= known:
-            self._prompt_logprobs += logprobs[known - start :]
+            new = logprobs[known - start :]
+            self._prompt_logprobs += new
+            self._num_rivals += sum([len(entry.top) for entry in new])
             self._event.set()
 
     def end(self, finish: Finish, *, lost: bool = False) -> None:
@@ -211,12 +232,14 @@ class Stream:
     def take(self) -> Delta:
         """Everything since the last call."""
         tokens = self.tokens[self._taken :]
-        logprobs = self._logprobs[self._taken :] if self._logprobs else None
         self._taken += len(tokens)
-        told = None
-        if len(self._prompt_logprobs) > self._prompt_taken:
-            told = self._prompt_logprobs[self._prompt_taken :]
-            self._prompt_taken = len(self._prompt_logprobs)
+        logprobs = told = None
+        if self._has_logprobs:
+            logprobs, self._logprobs = self._logprobs, []
+        if self._prompt_logprobs:
+            told, self._prompt_logprobs = self._prompt_logprobs, []
+            self._prompt_taken += len(told)
+        self._num_rivals = 0
         return Delta(tokens, logprobs, told, self.finish, self.lost)
 
 
@@ -276,7 +299,8 @@ def deliver(
 ) -> list[tuple[Stream, str]]:
     """Append one step's tokens to the streams they belong to; ids that are not there are ignored.
 
-    Returns the streams that got something impossible, with the reason; those got no token. Ends
+    Returns the streams that got something impossible, with the reason, and with SLOW_CLIENT those
+    whose reader has too much to read already; they got no token. Ends
     (`message.finished`) are the caller's. Raises BadFrame, with no stream changed, if the columns
     do not fit together. Cost: one append and one wake-up per sequence, no object per token.
     """
@@ -315,9 +339,11 @@ def _append(
 ) -> str:
     """Appends after all checks; returns why not, if not."""
     if not _in_vocabulary(tokens, vocab_size):
-        return "a token id outside the vocabulary"
+        return "the engine sent a token id outside the vocabulary"
     if len(stream.tokens) + len(tokens) > stream.max_new:
-        return "more tokens than were asked for"
+        return "the engine sent more tokens than were asked for"
+    if stream.unread_bytes > UNREAD_BYTES and not stream.done:
+        return SLOW_CLIENT
     if stream.first_token_s is None:
         stream.first_token_s = now
     try:

@@ -28,6 +28,7 @@ from router.errors import (
     MethodNotAllowed,
     RequestError,
     RouteNotFound,
+    SlowClient,
     error_body,
 )
 from router.flow import RequestRecord
@@ -96,7 +97,8 @@ async def _fail(
     record.status = reply.status or error.status
     if isinstance(error, ClientGone):
         record.status = error.status
-        return
+        if not isinstance(error, SlowClient):  # that one may still read its end
+            return
     if reply.status:
         if reply.is_stream:
             data = form.events(error, record.request_id)

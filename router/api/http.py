@@ -14,17 +14,18 @@ from typing import Any, Final, TypeVar
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from router.connection import TOO_SLOW
 from router.errors import (
     BadRequest,
     BodyTimeout,
     ClientGone,
     Overloaded,
     PayloadTooLarge,
+    SlowClient,
     UnsupportedMediaType,
 )
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-STALL_S: Final = 30.0  # a client that reads nothing for so long is as good as gone
 MAX_HELD_BYTES: Final = 16 * MAX_BODY_BYTES  # of all bodies whose requests are not over
 BODY_S: Final = 120.0  # for a body to arrive
 
@@ -127,9 +128,6 @@ class Reply:
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._request_id = request_id
-        self._num_begun = 0  # messages given to the server
-        self._num_taken = 0  # messages that it took; it waits while the client does not read
-        self._num_seen = -1
         self.status = 0  # 0 until the headers are out
         self.is_stream = False
         self.id_headers: tuple[bytes, ...] = (b"x-request-id",)  # routes may add their clients'
@@ -143,32 +141,20 @@ class Reply:
             headers += [(name, request_id) for name in self.id_headers]
             headers.append((b"x-content-type-options", b"nosniff"))
             message = {**message, "headers": headers}
-        self._num_begun += 1
         await self._send(message)
-        self._num_taken += 1
-
-    def is_stuck(self) -> bool:
-        """The same message waits for the client as at the last call."""
-        stuck = self._num_begun != self._num_taken and self._num_begun == self._num_seen
-        self._num_seen = self._num_begun
-        return stuck
 
 
-async def while_connected(
-    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], stall_s: float = STALL_S
-) -> T:
-    """Runs `work` to its end, unless the client leaves, or reads nothing for 1 to 2 `stall_s`.
+async def while_connected(scope: Scope, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` to its end, unless the client leaves or its connection is ended as too slow.
 
-    Then `work` is cancelled, and has ended when this raises ClientGone.
+    Then `work` is cancelled, and has ended when this raises ClientGone or SlowClient.
     """
-    reply: Reply = scope[REPLY]
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnect(receive))
     try:
-        while not task.done():
-            await asyncio.wait((task, watch), timeout=stall_s, return_when="FIRST_COMPLETED")
-            if not task.done() and (watch.done() or reply.is_stuck()):
-                raise ClientGone
+        await asyncio.wait((task, watch), return_when="FIRST_COMPLETED")
+        if not task.done():
+            raise SlowClient if scope.get(TOO_SLOW) else ClientGone
         return task.result()
     finally:
         task.cancel()

@@ -24,6 +24,7 @@ CASES = [
     (errors.Quarantined(), 500, "request_quarantined"),
     (errors.Overloaded("m"), 503, "server_is_overloaded"),
     (errors.ClientGone(), 499, "client_gone"),
+    (errors.SlowClient(), 499, "slow_client"),
 ]
 
 

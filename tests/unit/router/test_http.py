@@ -9,7 +9,8 @@ import pytest
 
 from router.api import http
 from router.api.http import REPLY, SHARE, BodyRoom, Reply, read_json_body, while_connected
-from router.errors import BodyTimeout, ClientGone, Overloaded
+from router.connection import TOO_SLOW
+from router.errors import BodyTimeout, ClientGone, Overloaded, SlowClient
 
 
 async def silent() -> Any:
@@ -74,36 +75,15 @@ async def test_cancelled_from_outside_the_work_ends_too() -> None:
     assert ended.is_set()
 
 
-async def test_a_client_that_reads_nothing_is_given_up() -> None:
-    async def never_taken(_: Any) -> None:
-        await asyncio.Event().wait()
+async def test_a_client_that_reads_too_little_is_told_apart() -> None:
+    scope = {**scope_of(None), TOO_SLOW: True}  # the connection's mark; see test_connection.py
 
-    scope = scope_of(never_taken)
-    work = scope[REPLY]({"type": "http.response.body"})
-    with pytest.raises(ClientGone):
-        await while_connected(scope, silent, work, stall_s=0.01)
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
 
-
-async def test_a_slow_reader_is_not() -> None:
-    async def slowly_taken(_: Any) -> None:
-        await asyncio.sleep(0.004)
-
-    scope = scope_of(slowly_taken)
-
-    async def work() -> int:
-        for _ in range(10):
-            await scope[REPLY]({"type": "http.response.body"})
-        return 1
-
-    assert await while_connected(scope, silent, work(), stall_s=0.01) == 1
-
-
-async def test_waiting_for_tokens_is_no_stall() -> None:
-    async def work() -> int:
-        await asyncio.sleep(0.05)
-        return 1
-
-    assert await while_connected(scope_of(None), silent, work(), stall_s=0.01) == 1
+    with pytest.raises(SlowClient) as raised:
+        await while_connected(scope, receive, asyncio.sleep(60))
+    assert (raised.value.status, raised.value.code) == (499, "slow_client")
 
 
 async def test_a_client_that_leaves_within_its_body() -> None:

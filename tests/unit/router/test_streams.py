@@ -15,7 +15,16 @@ from engine.protocol import (
     pack_floats,
     pack_tokens,
 )
-from router.streams import Delta, StreamTable, TokenLogprob, WakeUp, deliver
+from router.streams import (
+    SLOW_CLIENT,
+    UNREAD_BYTES,
+    Delta,
+    Stream,
+    StreamTable,
+    TokenLogprob,
+    WakeUp,
+    deliver,
+)
 
 VOCAB = 100
 
@@ -134,7 +143,7 @@ async def test_an_impossible_id_fails_its_stream_alone(token: int) -> None:
     table = StreamTable()
     one, two = table.open([1], 10), table.open([1], 10)
     failures = deliver(step((one.id, two.id), [token, 3]), {one.id: one, two.id: two}, VOCAB, 0.0)
-    assert failures == [(one, "a token id outside the vocabulary")]
+    assert failures == [(one, "the engine sent a token id outside the vocabulary")]
     assert (one.tokens, two.tokens) == ([], [3])
 
 
@@ -178,3 +187,52 @@ async def test_logprobs_travel_with_their_tokens() -> None:
     ]
     failures = deliver(step((stream.id,), [1]), {stream.id: stream}, 9, 0.0)
     assert [reason for _, reason in failures] == ["log-probabilities and tokens do not pair"]
+
+
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_a27_what_waits_for_a_reader_is_bounded_in_bytes(with_logprobs: bool) -> None:
+    table = StreamTable()
+    stream = table.open([1], 10**6)
+    told = TokenLogprob(-1.0, [(1, -1.0)] * 20)
+    failures: list[tuple[Stream, str]] = []
+    num_steps = 0
+    while not failures:
+        assert num_steps < 100_000
+        num_steps += 1
+        part = Logprobs(1, num_steps, *packed(told)) if with_logprobs else None
+        message = StepOutput(
+            1, 1, (1,), (), pack_tokens([7]), logprobs=(part,) if part is not None else ()
+        )
+        failures = deliver(message, {1: stream}, 100, 0.0)
+    assert failures == [(stream, SLOW_CLIENT)]
+    assert UNREAD_BYTES < stream.unread_bytes < 2 * UNREAD_BYTES
+    assert len(stream.take().tokens) == num_steps - 1
+    assert stream.unread_bytes == 0
+    assert (
+        deliver(
+            StepOutput(1, 1, (1,), (1,), pack_tokens([7]), logprobs=message.logprobs),
+            {1: stream},
+            100,
+            0.0,
+        )
+        == []
+    )
+
+
+def test_a27_what_was_read_is_not_kept() -> None:
+    """Log-probabilities are the largest part; a stream is continued from its tokens alone."""
+    stream = StreamTable().open([1, 2, 3], 100)
+    told = TokenLogprob(-1.0, [(1, -1.0)])
+    stream.append_prompt_logprobs(1, [told, told])
+    stream.append([5], [told])
+    assert stream.unread_bytes > 0
+    assert stream.take() == Delta([5], [told], [told, told], None)
+    assert stream.unread_bytes == 0
+    stream.append([6, 7], [told, told])
+    assert stream.take() == Delta([6, 7], [told, told], None, None)
+    assert stream.take() == Delta([], [], None, None)
+
+
+def packed(told: TokenLogprob) -> tuple[bytes, bytes, bytes]:
+    ids, values = zip(*told.top, strict=True)
+    return pack_floats([told.logprob]), pack_tokens(ids), pack_floats(values)
