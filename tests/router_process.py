@@ -126,7 +126,7 @@ class RouterProcess:
     def signal(self, number: int) -> None:
         self.popen.send_signal(number)
 
-    def wait(self, limit_s: float = 20.0) -> int:
+    def wait(self, limit_s: float = 60.0) -> int:
         return self.popen.wait(limit_s)
 
     def leftovers(self) -> list[str]:
@@ -195,7 +195,7 @@ def wait_gone(pids: list[int], limit_s: float) -> list[int]:
     return alive
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     """Waits for a condition that other tasks or processes bring about."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - it may depend on other processes

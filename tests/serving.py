@@ -29,7 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_ENGINE = ROOT / "tools" / "fake_engine.py"
 START_LIMIT_S = 60.0
-STOP_LIMIT_S = 40.0
+STOP_LIMIT_S = 60.0
 
 
 class Server:
@@ -99,11 +99,11 @@ class Server:
     def wait_end(self) -> int:
         """Waits for an end that was asked for; returns the exit code. Nothing may be left."""
         code = self.process.wait(STOP_LIMIT_S)
-        self._reader.join(5)
+        self._reader.join(30)
         self.assert_nothing_left()
         return code
 
-    def assert_nothing_left(self, limit_s: float = 5.0) -> None:
+    def assert_nothing_left(self, limit_s: float = 30.0) -> None:
         """No engine that was ever seen still runs. Kills what is, so that one failure is enough."""
         deadline_s = time.monotonic() + limit_s
         alive = list(self._known.values())
@@ -180,12 +180,12 @@ def serve(
             process.wait()
             server.assert_nothing_left()
             assert process.stderr is not None
-            server._reader.join(5)
+            server._reader.join(30)
             process.stderr.close()
 
 
 def wait_for(
-    condition: Callable[[], bool], limit_s: float = 10.0, server: Server | None = None
+    condition: Callable[[], bool], limit_s: float = 60.0, server: Server | None = None
 ) -> None:
     """Polls until `condition()`. Raises AssertionError at the limit, with the server's log."""
     deadline_s = time.monotonic() + limit_s

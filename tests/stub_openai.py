@@ -124,7 +124,7 @@ def stub_server(token_gap_s: float = 0.0) -> Iterator[StubServer]:
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     try:
         yield stub
     finally:

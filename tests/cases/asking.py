@@ -193,7 +193,7 @@ def raw_connection(url: str, payload: bytes, *headers: str) -> Iterator[Any]:
 
     place = urlsplit(url)
     assert place.hostname is not None
-    with socket.create_connection((place.hostname, place.port or 0), timeout=10) as connection:
+    with socket.create_connection((place.hostname, place.port or 0), timeout=60) as connection:
         head = [
             f"POST {CHAT} HTTP/1.1",
             f"Host: {place.netloc}",

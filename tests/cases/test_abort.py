@@ -12,7 +12,7 @@ from tests.cases.asking import CHAT, DEMO, KEY, TINY, Scripted, post, raw_connec
 from tests.router_parts import Play, text_play
 from tests.serving import Server, wait_for
 
-ENOUGH_S = 10.0  # against hangs; on an idle machine it takes one step
+ENOUGH_S = 30.0  # against hangs; on an idle machine it takes one step
 
 
 def body_of(model: str, text: str, **fields: Any) -> bytes:
@@ -31,8 +31,8 @@ def test_case_171_leaving_a_whole_answer(real: Server) -> None:
     assert idle(real)
     payload = body_of(DEMO, "Tell me everything.", ignore_eos=True)
     with raw_connection(real.url, payload):
-        wait_for(lambda: real.metric("router_requests_running") == 1, 10, real)
-        wait_for(lambda: real.metric("router_kv_blocks_held") > 0, 10, real)
+        wait_for(lambda: real.metric("router_requests_running") == 1, 60, real)
+        wait_for(lambda: real.metric("router_kv_blocks_held") > 0, 60, real)
     wait_for(lambda: idle(real), ENOUGH_S, real)
 
 
@@ -42,7 +42,7 @@ def test_case_172_leaving_a_stream(real: Server) -> None:
     payload = body_of(DEMO, "Tell me everything.", ignore_eos=True, stream=True)
     with raw_connection(real.url, payload) as connection:
         assert connection.recv(64).startswith(b"HTTP/1.1 200")
-        wait_for(lambda: real.metric("router_requests_running") == 1, 10, real)
+        wait_for(lambda: real.metric("router_requests_running") == 1, 60, real)
     wait_for(lambda: idle(real), ENOUGH_S, real)
     assert ended_by_abort(real) == aborted + 1
 
@@ -54,9 +54,9 @@ def test_case_173_with_keys_and_request_log(process: Server, stream: bool) -> No
     with raw_connection(process.url, payload, f"Authorization: Bearer {KEY}") as connection:
         if stream:
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
-        wait_for(lambda: running(process) == 1, 10, process)
+        wait_for(lambda: running(process) == 1, 60, process)
     wait_for(lambda: running(process) == 0, ENOUGH_S, process)
-    wait_for(lambda: bool(process.events("request")), 5, process)
+    wait_for(lambda: bool(process.events("request")), 60, process)
     assert process.events("request")[-1]["finish"] == "none"
 
 

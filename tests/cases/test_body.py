@@ -87,7 +87,7 @@ def test_case_189_a_body_without_end(process: Server) -> None:
     before = memory().rss
     headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
     with contextlib.suppress(httpx.WriteError, httpx.ReadError):
-        answer = httpx.post(process.url + CHAT, content=endless(), headers=headers, timeout=30)
+        answer = httpx.post(process.url + CHAT, content=endless(), headers=headers, timeout=60)
         assert answer.status_code == 413
         assert error_object(answer.content)["code"] == "request_too_large"
     assert memory().rss - before < 2 * MAX_BODY_BYTES + 16 * 2**20

@@ -53,7 +53,7 @@ def partial_bytes(folder: Path) -> int:
 
 def until_held(hub: StubHub, folder: Path) -> None:
     """Until the file on its way is as long as the hub lets it be."""
-    end_s = time.monotonic() + 30
+    end_s = time.monotonic() + 60
     while partial_bytes(folder) < hub.hold["model.safetensors"]:
         assert time.monotonic() < end_s, f"{partial_bytes(folder):,} bytes came"
         time.sleep(0.02)
@@ -109,7 +109,7 @@ def test_a_signal_in_the_middle(
     router = start("--models", "org/tiny", env=environment(hub, tmp_path))
     until_held(hub, tmp_path)
     router.signal(number)
-    assert router.wait(10) == code
+    assert router.wait() == code
     assert "the same command goes on from there" in router.log
     assert "Traceback" not in router.log
     assert partial_bytes(tmp_path) >= HELD_BYTES
@@ -159,7 +159,7 @@ def test_one_line_on_a_terminal(hub: StubHub, tmp_path: Path) -> None:
         while b"1.0 of " not in shown:
             shown += os.read(ours, 4096)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(60) == 130
     finally:
         process.kill()
         process.wait()

@@ -112,7 +112,7 @@ async def gather(server: Server, bodies: list[dict[str, Any]]) -> list[httpx.Res
 
 def test_check_02_two_devices_share_the_work(folder: Path) -> None:
     with serve("--models", f"{folder},{folder}", "--gpus", "cpu,cpu", script=script()) as server:
-        wait_for(lambda: len(server.events("engine_ready")) == 2, 20, server)
+        wait_for(lambda: len(server.events("engine_ready")) == 2, 60, server)
         for number in range(100):
             assert text_of(post(server, f"request {number}")) == DIGITS
         steps = per_replica(server, "router_engine_generated_tokens_total")
@@ -158,14 +158,14 @@ FIELDS: dict[str, list[Any]] = {
 def test_check_03_every_field_at_its_worst(scripted: Server, field: str) -> None:
     for value in FIELDS[field]:
         answer = httpx.post(
-            f"{scripted.url}/v1/completions", json={**body("hi"), field: value}, timeout=30
+            f"{scripted.url}/v1/completions", json={**body("hi"), field: value}, timeout=60
         )
         assert answer.status_code in (200, 400, 404), (value, answer.text)
         if answer.status_code != 200:
             assert answer.json()["error"]["message"]
         elif value is None:
             assert text_of(answer) == DIGITS
-    wait_for(lambda: idle(scripted), 2, scripted)
+    wait_for(lambda: idle(scripted), 30, scripted)
 
 
 async def test_check_04_a_thousand_errors_and_hang_ups(scripted: Server) -> None:
@@ -175,7 +175,7 @@ async def test_check_04_a_thousand_errors_and_hang_ups(scripted: Server) -> None
     async def one(client: httpx.AsyncClient, number: int) -> None:
         prompt = chance.choice(["raises", "slow", "hi"])
         sent = body(f"{prompt} {number}", stream=chance.random() < 0.5, max_tokens=500)
-        patience_s = 0.02 * chance.random() if prompt == "slow" else 30
+        patience_s = 0.02 * chance.random() if prompt == "slow" else 60
         async with busy:
             with contextlib.suppress(TimeoutError, httpx.ReadError):
                 async with asyncio.timeout(patience_s):
@@ -184,14 +184,14 @@ async def test_check_04_a_thousand_errors_and_hang_ups(scripted: Server) -> None
     limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=scripted.url, timeout=60, limits=limits) as client:
         await asyncio.gather(*(one(client, number) for number in range(1000)))
-    wait_for(lambda: idle(scripted), 3, scripted)
+    wait_for(lambda: idle(scripted), 30, scripted)
     assert scripted.metric("router_engine_queue") == 0
     assert text_of(post(scripted, "hi")) == DIGITS
 
 
 async def test_check_05_an_engine_is_killed(folder: Path) -> None:
     with serve("--models", str(folder), "--gpus", "cpu,cpu", script=script()) as server:
-        wait_for(lambda: len(server.events("engine_ready")) == 2, 20, server)
+        wait_for(lambda: len(server.events("engine_ready")) == 2, 60, server)
         bodies = [body(f"count {i}", stream=i % 2 == 0) for i in range(8)]
         answers = asyncio.ensure_future(gather(server, bodies))
         await asyncio.to_thread(
@@ -218,13 +218,13 @@ async def test_check_05_an_engine_is_killed(folder: Path) -> None:
 async def test_check_06_an_engine_is_stopped(folder: Path) -> None:
     words = ("--models", str(folder), "--gpus", "cpu,cpu", "--hang-timeout", "1")
     with serve(*words, script=script()) as server:
-        wait_for(lambda: len(server.events("engine_ready")) == 2, 20, server)
+        wait_for(lambda: len(server.events("engine_ready")) == 2, 60, server)
         answers = asyncio.ensure_future(gather(server, [body(f"count {i}") for i in range(4)]))
         await asyncio.to_thread(
             wait_for, lambda: server.metric("router_requests_running") == 4, 5, server
         )
         server.engines()[0].send_signal(signal.SIGSTOP)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             assert [text_of(answer) for answer in await answers] == [DIGITS] * 4
         assert text_of(post(server, "hi")) == DIGITS
 
@@ -254,7 +254,7 @@ def test_check_07_nothing_outlives_a_killed_router(folder: Path) -> None:
     with serve(
         "--models", str(folder), "--gpus", "cpu,cpu", script=script(), clean=False
     ) as server:
-        wait_for(lambda: len(server.events("engine_ready")) == 2, 20, server)
+        wait_for(lambda: len(server.events("engine_ready")) == 2, 60, server)
         engines = server.engines()
         assert len(engines) == 2
         server.process.kill()
@@ -287,7 +287,7 @@ def test_check_08_a_wrong_start_says_why(
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
         )
     assert ended.returncode == code, ended.stderr
     assert tells in ended.stderr
@@ -379,7 +379,7 @@ async def test_check_17_a_plain_client_leaves(scripted: Server) -> None:
     async with httpx.AsyncClient(base_url=scripted.url) as client:
         with contextlib.suppress(httpx.ReadTimeout):
             await client.post("/v1/completions", json=body("slow", max_tokens=2000), timeout=0.5)
-    await asyncio.to_thread(wait_for, lambda: idle(scripted), 1, scripted)
+    await asyncio.to_thread(wait_for, lambda: idle(scripted), 30, scripted)
     await asyncio.sleep(0.2)
     before = made()
     await asyncio.sleep(0.3)

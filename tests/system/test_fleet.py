@@ -30,7 +30,7 @@ def streamed(router: RouterProcess, prompt: str = "go", **fields: Any) -> list[A
 
 
 def wait_streaming(router: RouterProcess, number: int) -> None:
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + 60
     while router.metric("router_requests_running") < number:
         assert time.monotonic() < end_s
         time.sleep(0.01)
@@ -60,7 +60,7 @@ def test_kill_9_of_an_engine_costs_nobody_anything(start: Start) -> None:
         time.sleep(0.3)
         os.kill(router.engine_pid(0), signal.SIGKILL)
         for future in running:
-            events = future.result(30)
+            events = future.result(100)
             assert events[-1] == "[DONE]"
             assert text_of(events) == TEXT
             assert "error" not in str(events)
@@ -84,7 +84,7 @@ def test_kill_9_of_the_only_engine(start: Start) -> None:
         router.wait_for("engine_died")
         newcomer = pool.submit(streamed, router, "new")  # waits for the restart
         for future in [*running, newcomer]:
-            assert text_of(future.result(30)) == TEXT
+            assert text_of(future.result(100)) == TEXT
 
 
 def test_a_frozen_engine_is_replaced(start: Start) -> None:
@@ -94,7 +94,7 @@ def test_a_frozen_engine_is_replaced(start: Start) -> None:
         wait_streaming(router, 4)
         os.kill(router.engine_pid(0), signal.SIGSTOP)
         for future in running:
-            assert text_of(future.result(30)) == TEXT
+            assert text_of(future.result(100)) == TEXT
     (report,) = router.wait_for("engine_died")
     assert report["cause"] == "hang"
     assert "no progress" in report["reason"]
@@ -104,7 +104,7 @@ def test_a_frozen_idle_engine_is_replaced(start: Start) -> None:
     router = start("--hang-timeout", "1", script=script(), gpus="cpu,cpu")
     assert router.url
     os.kill(router.engine_pid(1), signal.SIGSTOP)
-    assert router.wait_for("engine_died", limit_s=10)[0]["replica"] == 1
+    assert router.wait_for("engine_died", limit_s=60)[0]["replica"] == 1
     router.wait_for("engine_ready", 3)
 
 
@@ -151,7 +151,7 @@ def test_an_id_out_of_range_costs_that_request_only(start: Start) -> None:
         *_, error, done = streamed(router, "bad")
         assert error["error"]["code"] == "internal_error"
         assert done == "[DONE]"
-        assert text_of(good.result(30)) == TEXT
+        assert text_of(good.result(100)) == TEXT
     plain = router.complete("bad", max_tokens=50)
     assert plain.status_code == 500
     assert plain.json()["error"]["code"] == "internal_error"
@@ -178,7 +178,7 @@ def test_a_crash_loop_beside_a_good_model(start: Start, tmp_path: Path) -> None:
     router = start(
         "--on-fatal", "wait", *models, script=script(start_faults=faults), gpus="cpu,cpu"
     )
-    reports = router.wait_for("engine_died", 5, limit_s=40)
+    reports = router.wait_for("engine_died", 5, limit_s=100)
     assert [report["next"] for report in reports] == ["restart"] * 4 + ["park"]
     delays = [report["delay_s"] for report in reports[:4]]
     for k, delay in enumerate(delays):
@@ -208,7 +208,7 @@ def test_two_routers_do_not_know_each_other(start: Start) -> None:
         assert one.url
         one.signal(signal.SIGTERM)
         assert one.wait() == 0
-        assert text_of(running.result(30)) == TEXT
+        assert text_of(running.result(100)) == TEXT
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_a_real_engine_dies_and_its_streams_go_on_exactly(start: Start, tmp_path
         wait_streaming(router, 6)
         time.sleep(0.2)
         os.kill(router.engine_pid(0), signal.SIGKILL)
-        together = [future.result(60) for future in running]
+        together = [future.result(100) for future in running]
     assert router.wait_for("engine_died")[0]["in_flight"] > 0
     assert together == alone + alone
     router.signal(signal.SIGTERM)

@@ -31,7 +31,7 @@ def command(start: str) -> str:
     return str(found)
 
 
-def run(words: str, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run(words: str, limit_s: float = 200) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", words],
         cwd=ROOT,
@@ -58,19 +58,19 @@ def port() -> Iterator[int]:
         "500M",
     ]
     with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
-        deadline_s = time.monotonic() + 90
+        deadline_s = time.monotonic() + 180
         while not ready(number):
             assert process.poll() is None
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
         yield number
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def ready(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=60):
             return True
     except OSError:
         return False

@@ -134,7 +134,7 @@ def test_large_heads_S6(router: RouterProcess) -> None:
         b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
         b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(head)
             assert b" 431 " in connection.recv(4096)
 

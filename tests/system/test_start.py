@@ -215,7 +215,7 @@ def test_leftovers_of_a_killed_router_are_removed(start: Start) -> None:
     assert first.url
     first.popen.kill()
     first.wait()
-    assert wait_gone(first.engine_pids, 5) == []
+    assert wait_gone(first.engine_pids, 60) == []
     assert len(list(first.runtime.iterdir())) == 1
     second = start(script={})
     assert second.complete(max_tokens=2).status_code == 200

@@ -162,10 +162,10 @@ def server() -> Generator[tuple[_Server, str], None, None]:
     task = loop.create_task(run())
     thread = threading.Thread(target=lambda: loop.run_until_complete(task))
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     yield made, f"http://127.0.0.1:{ports[0]}"
     loop.call_soon_threadsafe(task.cancel)
-    thread.join(10)
+    thread.join(60)
     loop.run_until_complete(_end_connections())
     loop.close()
 

@@ -65,7 +65,7 @@ class Wire:
         self.router.send_multipart([self.config.identity, *parts])
 
     def heard(self) -> object:
-        assert self.router.poll(10_000)
+        assert self.router.poll(60_000)
         identity, frame = self.router.recv_multipart()
         assert identity == self.config.identity
         return decode_to_router(frame)
@@ -74,7 +74,7 @@ class Wire:
         """So many items: they may come in several goes, between which one may bring none (a message
         that came alone and is for nobody)."""
         items: list[object] = []
-        until_s = time.monotonic() + 10.0
+        until_s = time.monotonic() + 60.0
         while len(items) < count:
             assert time.monotonic() < until_s, f"only {items}"
             items += self.link.receive(1.0)
@@ -208,7 +208,7 @@ def test_caught_signals() -> None:
 
 LEAVES = "from engine.link import leave_with_parent\nleave_with_parent(0)\n"
 BUSY = {
-    "asleep": "import time; time.sleep(30)",
+    "asleep": "import time; time.sleep(100)",
     "computing": "while True: pass",
     "keeping the GIL": "import re; re.match('(a+)+$', 'a' * 60 + 'b')",
     "stopped": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
@@ -229,16 +229,16 @@ def test_any_process_leaves_with_its_parent(busy: str, end: str) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.1)
         ours.close()
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
 
 
 def test_a_parent_that_is_gone_before_the_first_line_of_python() -> None:
     with open(os.devnull) as nothing, start_python(LEAVES, nothing.fileno()) as process:
-        assert process.wait(10) == 0  # no pipe at all: nobody to leave with
+        assert process.wait(60) == 0  # no pipe at all: nobody to leave with
     reader, writer = os.pipe()
     os.close(writer)
     with open_fd(reader), start_python(f"{LEAVES}while True: pass", reader) as process:
-        assert process.wait(10) == EXIT_PARENT_GONE
+        assert process.wait(60) == EXIT_PARENT_GONE
 
 
 def open_fd(fd: int) -> io.FileIO:

@@ -314,7 +314,7 @@ def test_two_routers_at_once(hub: StubHub, tmp_path: Path) -> None:
         time.sleep(0.01)
     hub.release.set()
     for router in routers:
-        router.join(30)
+        router.join(60)
     assert len(found) == 2
     assert len(hub.asked_for("config.json")) == 1
     assert len([r for r in hub.requests if r.path.startswith("/cdn/")]) == 1

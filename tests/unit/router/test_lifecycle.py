@@ -26,7 +26,7 @@ def test_bind_and_url() -> None:
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         assert url_of(listener) == f"http://127.0.0.1:{port}"
-        with socket.create_connection(("127.0.0.1", port), timeout=5):
+        with socket.create_connection(("127.0.0.1", port), timeout=60):
             pass  # it listens already, though nobody accepts yet
         with pytest.raises(OSError, match="in use"):
             bind("127.0.0.1", port)
@@ -126,4 +126,4 @@ async def test_nobody_waits_for_a_model_that_was_given_up() -> None:
     assert not waiting.done()
     world.fleet.park(1, "five crashes")
     with pytest.raises(Overloaded, match="'b' is parked"):
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(waiting, 60)

@@ -175,7 +175,7 @@ async def test_grandchildren_go_too() -> None:
     process, lines = EngineProcess.launch(spec(program), 1), list[str]()
     relay = asyncio.create_task(process.relay(lines.append))
     assert await process.exited() == 0
-    await asyncio.wait_for(relay, 5)
+    await asyncio.wait_for(relay, 60)
     await until(lambda: not is_running(int(lines[0])))
 
 
@@ -183,7 +183,7 @@ async def test_a_failed_first_load_is_the_failure() -> None:
     book = Book()
     sup = supervisor(book, READS + "print('no such layer'); sys.exit(78)")
     running = asyncio.create_task(sup.run())
-    error = await asyncio.wait_for(sup.failure, 20)
+    error = await asyncio.wait_for(sup.failure, 60)
     assert isinstance(error, StartError)
     assert error.code == 78
     assert error.message == "engine 0 (m) failed: no such layer (exit code 78)"
@@ -201,7 +201,7 @@ async def test_restart_and_stop() -> None:
     await until(lambda: [entry[0] for entry in book.told].count("start") == 2)
     assert book.told[1] == ("lose", 0, "killed: no progress for 9 s")
     await sup.stop(5.0)
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 60)
     assert book.told[-1][0] == "lose"
 
 
@@ -211,8 +211,8 @@ async def test_who_heeds_no_sigterm_is_killed() -> None:
     sup = supervisor(book, program)
     running = asyncio.create_task(sup.run())
     await asyncio.sleep(0.5)
-    await asyncio.wait_for(sup.stop(0.2), 5)
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(sup.stop(0.2), 60)
+    await asyncio.wait_for(running, 60)
     assert book.told[-1] == ("lose", 0, signal.SIGKILL.name)
 
 
