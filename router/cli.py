@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from router.arguments import Invocation, parse
-from router.errors import EXIT_OK, EXIT_UNAVAILABLE, StartError
+from router.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE, StartError
 
 if TYPE_CHECKING:
     import socket
