@@ -154,7 +154,7 @@ class Stream:
         self._taken = 0
         self._prompt_taken = 0
         self._has_logprobs = False
-        self._num_rivals = 0  # of those in the next two
+        self._num_rivals = 0  # of those in the next one
         self._logprobs: list[TokenLogprob] = []  # not taken yet
         self._prompt_logprobs: list[TokenLogprob] = []
 
@@ -165,8 +165,12 @@ class Stream:
 
     @property
     def unread_bytes(self) -> int:
-        """What waits for the reader takes about so much memory."""
-        num_told = len(self._logprobs) + len(self._prompt_logprobs) + self._num_rivals
+        """What waits of the answer takes about so much memory.
+
+        The prompt's log-probabilities are not in it: they are bounded by the prompt, and come in
+        larger lots than a reader who keeps up can have taken by the next step.
+        """
+        num_told = len(self._logprobs) + self._num_rivals
         return (len(self.tokens) - self._taken) * TOKEN_BYTES + num_told * LOGPROB_BYTES
 
     def append(self, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
@@ -205,9 +209,7 @@ class Stream:
         """
         known = 1 + self._prompt_taken + len(self._prompt_logprobs)
         if self.finish is None and start <= known:
-            new = logprobs[known - start :]
-            self._prompt_logprobs += new
-            self._num_rivals += sum([len(entry.top) for entry in new])
+            self._prompt_logprobs += logprobs[known - start :]
             self._event.set()
 
     def end(self, finish: Finish, *, lost: bool = False) -> None:
