@@ -11,6 +11,7 @@ longer: see `leave_with_parent`, which the kernel executes. No threads here.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import math
 import os
@@ -38,6 +39,7 @@ HIGH_WATER_FRAMES = 4096
 # One `receive` reads at most so many frames, so that a flood cannot keep the batch from stepping.
 _MAX_FRAMES_PER_RECEIVE = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STDERR = 2
 
 
 class RouterLink:
@@ -151,6 +153,16 @@ def catch_signals() -> int:
 
 def _only_wake(number: int, frame: FrameType | None) -> None:
     del number, frame
+
+
+def show_stacks_on_demand() -> None:
+    """From now on SIGQUIT and SIGUSR1 write the stacks of all threads to standard error.
+
+    They end nothing and need no interpreter: also what is stuck in a step answers.
+    """
+    for number in (signal.SIGQUIT, signal.SIGUSR1):
+        with contextlib.suppress(OSError):  # standard error is closed
+            faulthandler.register(number, file=_STDERR, all_threads=True)
 
 
 def leave_with_parent(parent_fd: int) -> None:

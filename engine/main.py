@@ -22,7 +22,14 @@ from engine.blocks import BlockPool
 from engine.compiling import Compiling
 from engine.config import EngineConfig, ModelError, NotEnoughMemory, decode_config
 from engine.encoding import EncoderScheduler
-from engine.link import RouterLink, catch_signals, connect, leave_with_parent, send
+from engine.link import (
+    RouterLink,
+    catch_signals,
+    connect,
+    leave_with_parent,
+    send,
+    show_stacks_on_demand,
+)
 from engine.loop import EngineLoop, SchedulerLike, run
 from engine.prefix import PrefixIndex
 from engine.protocol import PROTOCOL_VERSION, Busy, Fatal, Limits, Ready
@@ -136,6 +143,7 @@ def report(text: str) -> None:
 
 def main() -> int:
     """Run one engine under the orders that arrive on standard input; returns the exit code."""
+    show_stacks_on_demand()
     try:
         config = decode_config(read_line(_STDIN))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from router.arguments import Invocation, parse
 from router.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE, StartError
@@ -27,9 +27,20 @@ if TYPE_CHECKING:
     from router.fleet import Fleet
     from router.link import IpcLink
     from router.logs import BackgroundLines, LogFile
+    from router.notify import Notifier
     from router.sources import ModelSource
     from router.supervisor import EngineSpec
     from router.text.served import ServedModel
+
+
+class Outside(NamedTuple):
+    """What of the system is open before the event loop runs."""
+
+    link: IpcLink
+    listener: socket.socket
+    lines: BackgroundLines
+    notifier: Notifier
+    connections: int  # that may be open
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -115,25 +126,35 @@ def _mb(num_bytes: int) -> str:
 
 def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
     """Serves until a signal; returns the exit code."""
-    from router import lifecycle, logs, planning
+    from router import acceptor, leftovers, logs, planning
     from router.link import IpcLink
+    from router.notify import Notifier
 
     signal.signal(signal.SIGTERM, _interrupt)  # until the lifecycle takes over
     config = invocation.config
     lines = logs.start(config.log_format, config.log_level, _log_file(config.log_file))
     with contextlib.ExitStack() as stack:
         stack.callback(lines.stop)
+        notifier = Notifier(environ, os.getpid())
+        stack.callback(notifier.close)
+        for old, new in invocation.notes:
+            logs.warning("flag_renamed", old=old, new=new)
+        folders = _runtime_folders(environ)
+        _log_leftovers(*leftovers.sweep(folders))  # before free memory is looked at
         plan = planning.make_plan(config, environ)
         link = IpcLink()
         listener = stack.enter_context(_bind(config.http.host, config.http.port))
         stack.callback(link.close)
-        for old, new in invocation.notes:
-            logs.warning("flag_renamed", old=old, new=new)
-        lifecycle.raise_descriptor_limit()
+        descriptors = acceptor.raise_descriptor_limit()
+        connections = acceptor.connection_limit(descriptors, len(plan.replicas))
+        logs.info("descriptors", limit=descriptors, connections=connections)
         models = [planning.served_model(config, plan, i) for i in range(len(plan.models))]
-        specs = planning.make_specs(config, plan, models, environ, _open(link, environ))
+        endpoint = _open(link, folders)
+        environ = {**environ, leftovers.INSTANCE: link.instance}
+        specs = planning.make_specs(config, plan, models, environ, endpoint)
+        outside = Outside(link, listener, lines, notifier, connections)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(config, models, specs, link, listener, lines))
+            return runner.run(_run(config, models, specs, outside))
 
 
 def _log_file(path: str) -> LogFile:
@@ -151,12 +172,23 @@ def _interrupt(number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def _open(link: IpcLink, environ: Mapping[str, str]) -> str:
-    """The engines' endpoint, in a folder whose path is short."""
+def _runtime_folders(environ: Mapping[str, str]) -> list[Path]:
+    """Where the engines' socket may lie, the best first: its path must be short."""
     runtime = environ.get("XDG_RUNTIME_DIR")
-    folders = [Path(runtime)] if runtime else []
+    return [*([Path(runtime)] if runtime else []), Path("/tmp")]
+
+
+def _log_leftovers(folders: int, engines: int) -> None:
+    from router import logs
+
+    if folders:
+        logs.warning("leftovers_removed", folders=folders, engines=engines)
+
+
+def _open(link: IpcLink, folders: Sequence[Path]) -> str:
+    """The engines' endpoint."""
     try:
-        return link.open([*folders, Path("/tmp")])
+        return link.open(folders)
     except OSError as error:
         raise StartError(str(error), EXIT_UNAVAILABLE) from error
 
@@ -170,7 +202,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    from router.lifecycle import bind
+    from router.acceptor import bind
 
     try:
         return bind(host, port)
@@ -189,16 +221,15 @@ async def _run(
     config: RouterConfig,
     models: list[ServedModel],
     specs: list[EngineSpec],
-    link: IpcLink,
-    listener: socket.socket,
-    lines: BackgroundLines,
+    outside: Outside,
 ) -> int:
     from router.admission import QueueBounds
     from router.app import Access, Parts, build_app
+    from router.dump import StateDump
     from router.embed_flow import EmbedFlow
     from router.fleet import Fleet
     from router.flow import Flow
-    from router.lifecycle import Lifecycle
+    from router.lifecycle import Hooks, Lifecycle, RunLimits
     from router.metrics import Metrics, QueueSample
     from router.streams import StreamTable
     from router.supervisor import Supervisor
@@ -207,7 +238,7 @@ async def _run(
     from router.text.wire_vocabulary import vocabulary_of
     from router.waiting import FlowSettings
 
-    limits = config.limits
+    limits, link, lines = config.limits, outside.link, outside.lines
     most = limits.max_concurrency or max(spec.config.max_batch for spec in specs)
     metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
     table = StreamTable()
@@ -228,6 +259,7 @@ async def _run(
         first_token_timeout_s=limits.first_token_timeout_s,
         max_concurrency=most,
     )
+    dump = StateDump(fleet, supervisor, admission, table, time.monotonic)
     flow = Flow(fleet, admission, metrics, settings, time.monotonic)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
     access = Access(config.http.api_keys, config.http.cors_origins, config.http.allowed_hosts)
@@ -235,9 +267,9 @@ async def _run(
     try:
         return await life.run(
             build_app(parts),
-            listener,
-            drain_timeout_s=limits.drain_timeout_s,
-            hang_timeout_s=limits.hang_timeout_s,
+            outside.listener,
+            RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections),
+            Hooks(outside.notifier, dump, lines.reopen),
         )
     finally:
         pool.close()

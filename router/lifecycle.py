@@ -1,13 +1,15 @@
 """STARTING -> READY -> DRAINING -> STOPPED: signals, the order of start and stop, the exit code.
 
-Owns the phase of the whole server and every signal; nobody else installs handlers. Must not know
+Owns the phase of the whole server, and what the first and the second signal do. Must not know
 what requests are: it sees only how many are active, and cuts the streams that outlive the deadline.
 
     first SIGTERM or SIGINT   drain: not ready at once, newcomers get 503, what runs may end until
                               the deadline, then error event + [DONE]; engines SIGTERM, then SIGKILL
     second one                now: streams end with an error, engines are killed; 128 + signal
-    SIGHUP                    as SIGTERM (unless it was ignored at start, as under nohup)
-    SIGUSR1                   the state, as one log line per replica and model
+    SIGHUP                    the configuration file is read again; without one as SIGTERM
+
+The other signals are in signals.py. A fatal failure of the engines ends the server like a first
+signal, and its exit code is the one that counts.
 """
 
 from __future__ import annotations
@@ -15,23 +17,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import resource
 import signal
 import socket
 import time
-from collections.abc import Generator
-from typing import Any, Final, Literal
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Literal, NamedTuple
 
-import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router import logs
+from router import logs, signals
+from router.acceptor import HTTP_GRACE_S, HttpServer, url_of
 from router.admission import Admission
-from router.connection import Connection
-from router.errors import EXIT_OK
+from router.errors import EXIT_OK, StartError
 from router.fleet import Fleet, Replica
 from router.link import IpcLink
 from router.metrics import Metrics
+from router.notify import Condition, Notifier
 from router.streams import StreamTable
 from router.supervisor import Supervisor
 
@@ -40,18 +41,28 @@ Phase = Literal["starting", "ready", "draining", "stopped"]
 TICK_S: Final = 0.1
 FAREWELL_S: Final = 2.0  # for cut streams to write their end
 ENGINE_GRACE_S: Final = 5.0
-HTTP_GRACE_S: Final = 2  # for connections that still write, at the very end
+WATCHED_S: Final = 5.0  # for so long the engines may go unwatched before we are what hangs
 LAG_WINDOW_S: Final = 60.0
-KEEP_ALIVE_S: Final = 75  # between two requests of a connection
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handling."""
+class Hooks(NamedTuple):
+    """What the life cycle calls at its turns, and knows nothing more of.
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """Signals are the lifecycle's."""
-        yield
+    `reload` None: there is no configuration file to read again.
+    """
+
+    notifier: Notifier
+    dump: Callable[[str], None]  # given the phase
+    reopen_logs: Callable[[], None]
+    reload: Callable[[], Awaitable[None]] | None = None
+
+
+class RunLimits(NamedTuple):
+    """Bounds of the run: seconds, and how many connections may be open."""
+
+    drain_timeout_s: float
+    hang_timeout_s: float
+    connections: int
 
 
 class Lifecycle:
@@ -77,7 +88,9 @@ class Lifecycle:
         self._some_ready = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+        self._reload = asyncio.Event()
         self._signals: list[int] = []
+        self._watched_s = float("-inf")  # when `tick` last gave up every engine that hangs
         fleet.subscribe(self._on_change)
 
     # -- what the health routes ask
@@ -118,35 +131,45 @@ class Lifecycle:
     # -- the run
 
     async def run(
-        self,
-        app: ASGIApp,
-        listener: socket.socket,
-        *,
-        drain_timeout_s: float,
-        hang_timeout_s: float,
+        self, app: ASGIApp, listener: socket.socket, limits: RunLimits, hooks: Hooks
     ) -> int:
         """Serves until a signal or a fatal failure; returns the exit code.
 
         Raises StartError when the engines failed for good. Leaves no process, socket or file.
         """
-        server = make_http_server(self.closing(app))
-        with self._handlers():
+        server = HttpServer(self.closing(app), listener, limits.connections)
+        self._metrics.connections.set_function(lambda: server.connections)
+        self._metrics.connections_refused.set_function(lambda: server.refused)
+
+        def condition() -> Condition:
+            watched = time.monotonic() - self._watched_s < WATCHED_S
+            accepts = server.alive or self.phase in ("draining", "stopped")
+            return Condition(self.phase, watched and accepts, self._status())
+
+        with signals.handled(self._actions(hooks)):
             self._link.listen(self._fleet.receive)
-            http = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+            http = asyncio.create_task(server.serve(), name="http")
             engines = asyncio.create_task(self._supervisor.run(), name="engines")
-            pulse = asyncio.create_task(self._pulse(hang_timeout_s), name="pulse")
-            announce = asyncio.create_task(self._announce(listener), name="announce")
+            pulse = asyncio.create_task(self._pulse(limits.hang_timeout_s), name="pulse")
+            reloads = asyncio.create_task(self._keep_reloading(hooks), name="reloads")
+            beside = [
+                asyncio.create_task(self._announce(listener, hooks.notifier), name="announce"),
+                asyncio.create_task(hooks.notifier.keep_telling(condition), name="notify"),
+            ]
             try:
-                await self._until_end([http, engines, pulse])
-                await self._drain(drain_timeout_s)
+                await self._until_end([http, engines, pulse, reloads])
+                reloads.cancel()
+                hooks.notifier.stopping()
+                await self._drain(limits.drain_timeout_s)
             finally:
-                announce.cancel()
+                reloads.cancel()
                 await self._supervisor.stop(0 if self._forced else ENGINE_GRACE_S)
                 server.force_exit = self._forced
                 server.should_exit = True
                 await asyncio.wait([http], timeout=HTTP_GRACE_S + 1)
-                pulse.cancel()
-                await asyncio.gather(announce, pulse, engines, http, return_exceptions=True)
+                for task in (pulse, *beside):
+                    task.cancel()
+                await asyncio.gather(http, engines, pulse, reloads, *beside, return_exceptions=True)
                 self._link.close()
                 self.phase = "stopped"
         return self._exit_code()
@@ -199,21 +222,14 @@ class Lifecycle:
     def _forced(self) -> bool:
         return self._force.is_set()
 
-    @contextlib.contextmanager
-    def _handlers(self) -> Generator[None]:
-        loop = asyncio.get_running_loop()
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
-            loop.add_signal_handler(number, self._on_signal, number)
-        loop.add_signal_handler(signal.SIGUSR1, self._log_state)
-        try:
-            yield
-        finally:
-            for number in [*numbers, signal.SIGUSR1]:
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)  # all is over: nothing left to interrupt
+    def _actions(self, hooks: Hooks) -> signals.Actions:
+        return signals.Actions(
+            stop=self._on_signal,
+            dump=lambda: hooks.dump(self.phase),
+            reopen_logs=hooks.reopen_logs,
+            ask_engines_for_stacks=lambda: self._supervisor.signal_all(signal.SIGQUIT),
+            reload=None if hooks.reload is None else self._reload.set,
+        )
 
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
@@ -224,27 +240,32 @@ class Lifecycle:
     def _signal_name(self) -> str | None:
         return signal.Signals(self._signals[-1]).name if self._signals else None
 
-    def _log_state(self) -> None:
-        logs.info(
-            "state", phase=self.phase, streams=len(self._table), tasks=len(asyncio.all_tasks())
-        )
-        for sample in self._fleet.samples():
-            logs.info(
-                "state_replica",
-                replica=sample.replica,
-                model=sample.model,
-                state=sample.state,
-                running=sample.running,
-                progress_age_s=round(sample.progress_age_s, 3),
-                blocks_held=sample.stats.blocks_held,
-                blocks_total=sample.stats.blocks_total,
-            )
-        for view in self._admission.views():
-            logs.info("state_queue", **view._asdict())
-
     # -- the tasks beside the requests
 
-    async def _announce(self, listener: socket.socket) -> None:
+    async def _keep_reloading(self, hooks: Hooks) -> None:
+        """One at a time: what is asked for meanwhile is done once more afterwards."""
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            if hooks.reload is None:
+                continue
+            with hooks.notifier.reloading():
+                try:
+                    await hooks.reload()
+                except StartError as error:
+                    logs.error("reload_refused", reason=error.message)
+
+    def _status(self) -> str:
+        """One line for the service manager."""
+        states = [replica.state for replica in self._fleet.replicas]
+        views = self._admission.views()
+        return (
+            f"{self.phase}: {states.count('serving')} of {len(states)} engines serve, "
+            f"{sum(view.used for view in views)} requests running, "
+            f"{sum(view.waiting for view in views)} waiting"
+        )
+
+    async def _announce(self, listener: socket.socket, notifier: Notifier) -> None:
         """Says "ready" once, when requests will succeed."""
         while not self.started:  # noqa: ASYNC110 - changes with any replica
             await asyncio.sleep(0.02)
@@ -253,6 +274,7 @@ class Lifecycle:
             gc.collect()
             gc.freeze()  # what start-up made is there to stay
             logs.info("ready", url=url_of(listener))
+            notifier.ready()
 
     async def _pulse(self, hang_timeout_s: float) -> None:
         """Drives the progress rule, and measures how late the event loop is."""
@@ -269,6 +291,7 @@ class Lifecycle:
             self._metrics.loop_lag_max_s.set(worst_s)
             self._link.drain()  # what came while the loop was late counts as progress
             self._fleet.tick(hang_timeout_s)
+            self._watched_s = clock()
 
     def closing(self, app: ASGIApp) -> ASGIApp:
         """`app`, whose answers ask clients to leave the connection once the server is stopping."""
@@ -283,53 +306,3 @@ class Lifecycle:
             await app(scope, receive, closing_send if stopping else send)
 
         return wrapped
-
-
-def make_http_server(app: ASGIApp) -> HttpServer:
-    """The server, with limits on what comes before a body."""
-    return HttpServer(
-        uvicorn.Config(
-            app,
-            loop="none",
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=2048,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=HTTP_GRACE_S,
-        )
-    )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, before any engine starts. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(2048)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where clients find it."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def raise_descriptor_limit() -> int:
-    """Lifts the soft limit of open files to the hard one; returns it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import Final, Literal, cast
 import zmq
 
 from engine.protocol import MAX_FRAME_BYTES
+from router.leftovers import FOLDER_PREFIX, private_folder
 
 HIGH_WATER_FRAMES: Final = 4096  # queued per engine and direction; a full queue says "full"
 FRAMES_PER_WAKE: Final = 64
 READABLE: Final = int(zmq.POLLIN)  # the flag itself is ten times as slow
-FOLDER_PREFIX: Final = "router-"
-LOCK_NAME: Final = "lock"
 MAX_ENDPOINT_BYTES: Final = 100  # a Unix socket path ends at 107
 
 
@@ -61,6 +58,11 @@ class IpcLink:
         socket.bind(self.endpoint)
         self._socket = socket
         return self.endpoint
+
+    @property
+    def instance(self) -> str:
+        """The name of this router's folder, by which its engines are marked; "" before `open`."""
+        return "" if self._folder is None else self._folder.name
 
     def listen(self, receive: Callable[[bytes, bytes], None]) -> None:
         """From now on `receive(identity, frame)` is called by the running event loop."""
@@ -118,35 +120,10 @@ class IpcLink:
 
 
 def _private_folder(parents: Iterable[Path]) -> tuple[Path, int]:
-    """A new folder of mode 0700, and the descriptor of its lock, which is held while we live."""
+    """In the first of `parents` that works and is short enough. Raises OSError."""
     for parent in parents:
-        folder = parent / f"{FOLDER_PREFIX}{secrets.token_hex(5)}"
-        if len(f"ipc://{folder}/r".encode()) >= MAX_ENDPOINT_BYTES:
+        if len(f"ipc://{parent}/{FOLDER_PREFIX}0123456789/r".encode()) >= MAX_ENDPOINT_BYTES:
             continue
         with contextlib.suppress(OSError):
-            remove_leftovers(parent)
-            hidden = parent / f".{folder.name}"  # nobody sweeps it before its lock is held
-            hidden.mkdir(mode=0o700)
-            lock_fd = os.open(hidden / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            hidden.rename(folder)
-            return folder, lock_fd
+            return private_folder(parent)
     raise OSError("no folder for the engines' socket: $XDG_RUNTIME_DIR and /tmp are not writable")
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Folders of routers of this user that died without cleaning up: their lock is free."""
-    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        try:
-            if folder.stat().st_uid != os.getuid():
-                continue
-            lock_fd = os.open(folder / LOCK_NAME, os.O_RDWR)
-        except OSError:
-            continue  # gone meanwhile, or none of ours
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # alive
-        finally:
-            os.close(lock_fd)

@@ -164,6 +164,10 @@ class Metrics:
         self.stale_frames = counter("ipc_stale_frames", "Frames of engines that are gone")
         self.dropped = counter("ipc_messages_dropped", "Messages lost between router and engine")
         self.log_lines_lost = Gauge("router_log_lines_lost", "Log lines lost", registry=registry)
+        self.connections = Gauge("router_connections", "Open connections", registry=registry)
+        self.connections_refused = Gauge(
+            "router_connections_refused", "Connections that found no room", registry=registry
+        )
         self.loop_lag_s = Histogram(
             "router_event_loop_lag_seconds",
             "How late the event loop was",

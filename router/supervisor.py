@@ -36,7 +36,7 @@ CRASH_LOOP: Final = 5  # crashes in a row without SERVICE_S of service
 SERVICE_S: Final = 60.0
 FIRST_DELAY_S, LONGEST_DELAY_S, JITTER = 0.5, 30.0, 0.2
 KILL_S: Final = 2.0
-OOM_SCORE_ADJ: Final = 500  # the kernel takes an engine, not the router
+OOM_SCORE_ADJ: Final = 500  # beyond the router's own: the kernel takes an engine, not the router
 
 # What an engine may know of our environment: where things are, never a key, a token or a proxy.
 ENVIRONMENT: Final = re.compile(
@@ -45,7 +45,7 @@ ENVIRONMENT: Final = re.compile(
     r"|PYTHON(PATH|HOME|HASHSEED|DONTWRITEBYTECODE|UTF8|FAULTHANDLER|PYCACHEPREFIX)"
     r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE)|TRANSFORMERS_OFFLINE|TORCH_HOME|TRITON_CACHE_DIR"
     r"|CUDA_(HOME|PATH|CACHE_PATH|MODULE_LOADING|LAUNCH_BLOCKING)"
-    r"|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|PYTORCH_(CUDA_)?ALLOC_CONF"
+    r"|ROUTER_INSTANCE|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|PYTORCH_(CUDA_)?ALLOC_CONF"
 )
 
 
@@ -203,7 +203,9 @@ class EngineProcess:
             )
         )
         with contextlib.suppress(OSError):  # it may be gone already; that is seen by `exited`
-            Path(f"/proc/{process.popen.pid}/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+            own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+            score = str(min(1000, own + OOM_SCORE_ADJ))
+            Path(f"/proc/{process.popen.pid}/oom_score_adj").write_text(score, encoding="ascii")
         with contextlib.suppress(OSError):
             assert process.popen.stdin is not None
             process.popen.stdin.write(
@@ -320,6 +322,16 @@ class Supervisor:
             self._end_load(index)
         elif state in ("hung", "dead") and not process.gone.is_set():
             process.condemn(reason)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process of each replica that has one now."""
+        return {index: process.popen.pid for index, process in self._processes.items()}
+
+    def signal_all(self, number: int) -> None:
+        """One signal to every engine; also safe within a signal handler."""
+        for process in list(self._processes.values()):
+            process.send_signal(number)
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM to all, SIGKILL after `grace_s`. Returns when all are gone.

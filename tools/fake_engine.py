@@ -90,7 +90,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.config import EngineConfig, decode_config
 from engine.inbox import EXIT_PARENT_GONE, Item, ParentGone, Skipped, Terminate
-from engine.link import RouterLink, catch_signals, connect, leave_with_parent
+from engine.link import (
+    RouterLink,
+    catch_signals,
+    connect,
+    leave_with_parent,
+    show_stacks_on_demand,
+)
 from engine.main import EXIT_USAGE, read_line, report
 from engine.protocol import (
     PROTOCOL_VERSION,
@@ -307,6 +313,7 @@ def main(words: list[str]) -> int:
     except (OSError, ValueError, re.error, msgspec.MsgspecError) as error:
         report(f"the script {path} cannot be used: {error}")
         return EXIT_USAGE
+    show_stacks_on_demand()
     try:
         config = decode_config(read_line(0))
     except (UnicodeDecodeError, msgspec.MsgspecError) as error:

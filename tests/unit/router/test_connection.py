@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import uvicorn
 
-from router import connection, lifecycle
+from router import acceptor, connection
+from router.acceptor import HttpServer, bind
 from router.connection import MAX_HEAD_BYTES, MAX_HEADERS, TOO_SLOW
-from router.lifecycle import bind, make_http_server
 
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n"
 
@@ -31,8 +30,8 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 async def serving(app: Any) -> AsyncIterator[int]:
     """The application on a free port."""
     with bind("127.0.0.1", 0) as listener:
-        server: uvicorn.Server = make_http_server(app)
-        task = asyncio.ensure_future(server.serve(sockets=[listener]))
+        server = HttpServer(app, listener, 100)
+        task = asyncio.ensure_future(server.serve())
         yield listener.getsockname()[1]
         server.should_exit = True
         await task
@@ -152,7 +151,7 @@ async def test_r13_a_body_that_drips_behind_its_answer(
 
 
 async def test_r13_empty_lines_between_requests(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "KEEP_ALIVE_S", 1)
+    monkeypatch.setattr(acceptor, "KEEP_ALIVE_S", 1)
     async with serving(hello) as own:
         assert await closed_within(own, 20, GET + b"\r\n", b"\r\n", every_s=0.1)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from router.link import IpcLink, remove_leftovers
+from router.leftovers import sweep
+from router.link import IpcLink
 from tests.router_process import until
 
 
@@ -94,7 +95,7 @@ def test_only_the_folders_of_the_dead_are_removed(short: Path) -> None:
     (dead / "r").touch()
     foreign = short / "router-foreign"
     foreign.mkdir()
-    remove_leftovers(short)
+    sweep([short])
     left = {path.name for path in short.iterdir()}
     assert "router-dead" not in left
     assert "router-foreign" in left
