@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import select
 import shutil
@@ -25,7 +26,9 @@ from typing import Final
 INSTANCE: Final = "ROUTER_INSTANCE"  # the variable of the engines that holds the folder's name
 FOLDER_PREFIX: Final = "router-"
 HIDDEN_PREFIX: Final = ".router-"  # being made: nobody sweeps it before its lock is held
+FOLDER_NAME: Final = re.compile(r"router-[0-9a-f]{10}")
 LOCK_NAME: Final = "lock"
+OWNER: Final = re.compile(rb"\d+-\d*\n")  # what its lock file says
 TRIES: Final = 3
 GONE_S: Final = 2.0  # for killed orphans to end: what they held is then free
 
@@ -76,7 +79,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 def _remove_dead(folder: Path) -> int | None:
     """How many engines of it were ended; None if it is alive, or none of ours."""
-    if not _is_ours(folder):
+    if not FOLDER_NAME.fullmatch(folder.name) or not _is_ours(folder):
         return None
     try:
         lock_fd = os.open(folder / LOCK_NAME, os.O_RDWR)
@@ -84,6 +87,8 @@ def _remove_dead(folder: Path) -> int | None:
         return None  # gone meanwhile, or no router's
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not OWNER.fullmatch(os.read(lock_fd, 64)):
+            return None  # another program's folder of that name
         engines = _end_orphans(folder.name)
         shutil.rmtree(folder, ignore_errors=True)
         return engines

@@ -89,15 +89,13 @@ def test_paths_that_are_too_long_are_passed_over(tmp_path: Path, short: Path) ->
 def test_only_the_folders_of_the_dead_are_removed(short: Path) -> None:
     living = IpcLink()
     living.open([short])
-    dead = short / "router-dead"
-    dead.mkdir()
-    (dead / "lock").touch()
-    (dead / "r").touch()
-    foreign = short / "router-foreign"
-    foreign.mkdir()
+    dead = short / f"router-{'d' * 10}"
+    folders = {dead: "1-2\n", short / "router-mine": "1-2\n", short / f"router-{'f' * 10}": ""}
+    for folder, owner in folders.items():
+        folder.mkdir()
+        (folder / "lock").write_text(owner)
+        (folder / "r").touch()
+    before = set(short.iterdir())
     sweep([short])
-    left = {path.name for path in short.iterdir()}
-    assert "router-dead" not in left
-    assert "router-foreign" in left
-    assert len(left) == 2
+    assert before - set(short.iterdir()) == {dead}
     living.close()
