@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     code = run(sys.argv[1:] if words is None else words)
     if words is None:
         for file in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, None
+            with contextlib.suppress(OSError, ValueError):
                 file.flush()
         os._exit(code)
     return code
@@ -67,6 +67,8 @@ def _fill_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
 
 
 def run(words: Sequence[str]) -> int:
@@ -77,7 +79,7 @@ def run(words: Sequence[str]) -> int:
             return check(invocation, os.environ)
         return serve(invocation, os.environ)
     except StartError as error:
-        with contextlib.suppress(OSError, AttributeError):  # full or closed: the code still tells
+        with contextlib.suppress(OSError):  # no room for it: the code still tells
             sys.stderr.write(f"router: {error.message}\n")
         return error.code
     except KeyboardInterrupt:  # a signal while nothing was started yet

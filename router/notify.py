@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Final, NamedTuple
 
 TURN_S: Final = 1.0  # between two looks at the server
@@ -61,7 +61,7 @@ class Notifier:
             self.tell(STATUS=text)
 
     @contextlib.contextmanager
-    def reloading(self) -> Iterator[None]:
+    def reloading(self) -> Generator[None]:
         """Around a change of the configuration, which ends well or not."""
         self.tell(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:

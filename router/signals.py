@@ -18,7 +18,7 @@ import faulthandler
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Final, NamedTuple
 
@@ -36,7 +36,7 @@ class Actions(NamedTuple):
 
 
 @contextlib.contextmanager
-def handled(actions: Actions) -> Iterator[None]:
+def handled(actions: Actions) -> Generator[None]:
     """Until the block ends, from when on they are ignored: nothing is left to interrupt."""
     loop = asyncio.get_running_loop()
     stops = [signal.SIGTERM, signal.SIGINT]

@@ -27,6 +27,8 @@ class RouterProcess:
     """`python -m router.cli` with `arguments`; its log goes to a file in `folder`.
 
     `script` makes tools/fake_engine.py the engine, with a tiny model written into `folder`.
+    `shell` is run by sh just before, in the same process: limits, closed descriptors. `log` is
+    where the router is told to write its log; its standard error is not the log then.
     """
 
     def __init__(
@@ -36,11 +38,15 @@ class RouterProcess:
         script: dict[str, Any] | None = None,
         gpus: str = "cpu",
         env: dict[str, str] | None = None,
+        shell: str = "",
+        log: Path | None = None,
     ) -> None:
+        self._url = ""
         self.log_path = folder / f"router-{time.monotonic_ns()}.log"
         self.runtime = folder / "run"
         self.runtime.mkdir(exist_ok=True)
-        words = [sys.executable, "-m", "router.cli", "--port", "0", "--gpus", gpus]
+        words = ["sh", "-c", f'{shell}; exec "$@"', "sh"] if shell else []
+        words += [sys.executable, "-m", "router.cli", "--port", "0", "--gpus", gpus]
         words += ["--log-format", "json"]
         if script is not None:
             script_path = folder / f"script-{time.monotonic_ns()}.json"
@@ -50,10 +56,15 @@ class RouterProcess:
             if "--models" not in arguments:
                 words += ["--models", f"tiny={tiny_model(folder)}"]
         environ = {**os.environ, "XDG_RUNTIME_DIR": self._runtime_dir(), **(env or {})}
-        with self.log_path.open("wb") as log:
+        if log is not None:
+            words += ["--log-file", str(log)]
+        with self.log_path.open("wb") as output:
             self.popen = subprocess.Popen(
-                [*words, *arguments], cwd=ROOT, stderr=log, stdout=log, env=environ
+                [*words, *arguments], cwd=ROOT, stderr=output, stdout=output, env=environ
             )
+        self.output_path = self.log_path
+        if log is not None:
+            self.log_path = log
 
     def _runtime_dir(self) -> str:
         """pytest's folders are too long for a socket: a short link to ours."""
@@ -65,7 +76,7 @@ class RouterProcess:
 
     @property
     def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The logged events of that name, in order."""
@@ -87,7 +98,8 @@ class RouterProcess:
     @property
     def url(self) -> str:
         """Where it is ready."""
-        return str(self.wait_for("ready")[0]["url"])
+        self._url = self._url or str(self.wait_for("ready")[0]["url"])
+        return self._url
 
     @property
     def engine_pids(self) -> list[int]:
