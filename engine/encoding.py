@@ -19,6 +19,7 @@ from engine.grammar import Matcher
 from engine.outbox import Outbox
 from engine.plan import Admit, Row, Sampled, StepPlan
 from engine.protocol import (
+    NO_MEMORY,
     BadFrame,
     Embedding,
     Limits,
@@ -159,6 +160,20 @@ class EncoderScheduler:
             self._outbox.finish(text.id, "stop")
         self.counters.steps += 1
         self._outbox.news = True
+
+    def withdraw(self) -> None:
+        """See `Scheduler.withdraw`: the largest text ends, the others wait again."""
+        launched, self._launched = self._launched, deque()
+        texts = [
+            text for _, group in launched for text in group if self._texts.get(text.id) is text
+        ]
+        if texts:
+            largest = max(texts, key=lambda text: len(text.tokens))
+            texts.remove(largest)
+            del self._texts[largest.id]
+            self._outbox.finish(largest.id, "error", NO_MEMORY)
+        for text in texts:
+            insort(self._waiting, text)
 
     @property
     def stats(self) -> Stats:

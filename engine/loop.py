@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, assert_never
 from engine.compiling import Compiling
 from engine.grammar import Matcher
 from engine.inbox import EXIT_PARENT_GONE, EngineLink, Item, ParentGone, Skipped, Terminate
-from engine.plan import Pending, RunnerLike, Sampled, StepPlan
+from engine.plan import OutOfMemory, Pending, RunnerLike, Sampled, StepPlan
 from engine.protocol import (
     Abort,
     Busy,
@@ -63,6 +63,7 @@ class SchedulerLike(Protocol):
     def abort(self, ids: Sequence[int]) -> None: ...
     def plan(self, smooth_tokens: int = ..., /) -> StepPlan | None: ...
     def commit(self, plan: StepPlan, sampled: Sampled) -> None: ...
+    def withdraw(self) -> None: ...
     def take_output(self) -> StepOutput | None: ...
 
 
@@ -224,21 +225,36 @@ class EngineLoop:
             expected_s = self._step_clock.expected_s(num_tokens)
             if expected_s > _LONG_STEP_S:
                 yield Busy(self._epoch, "step", expected_s)
-            started_s = self._clock()
-            pending = self._runner.launch(plan)
-            self._launched.append(_Launched(plan, pending, num_tokens, started_s))
+            self._launch(plan, num_tokens)
         allowed_ahead = 0 if plan is None else self._overlap
         committed = len(self._launched) > allowed_ahead
         if committed:
-            self._commit(self._launched.popleft())
+            self._commit()
         output = self._scheduler.take_output()
         if output is not None:
             yield output
         elif plan is None and not committed and self._scheduler.busy:
             raise RuntimeError("sequences are waiting and no step can be planned")
 
-    def _commit(self, done: _Launched) -> None:
-        sampled = done.pending.result()
+    def _launch(self, plan: StepPlan, num_tokens: int) -> None:
+        started_s = self._clock()
+        try:
+            pending = self._runner.launch(plan)
+        except OutOfMemory:
+            while self._launched:  # those before it are sound
+                self._commit()
+            self._scheduler.withdraw()
+            return
+        self._launched.append(_Launched(plan, pending, num_tokens, started_s))
+
+    def _commit(self) -> None:
+        done = self._launched.popleft()
+        try:
+            sampled = done.pending.result()
+        except OutOfMemory:
+            self._launched.clear()  # a step behind it went on from tokens that do not exist
+            self._scheduler.withdraw()
+            return
         now_s = self._clock()
         # A step launched ahead has begun when the one before it was done.
         self._step_clock.learn(done.num_tokens, now_s - max(done.at_s, self._free_s))

@@ -114,10 +114,15 @@ class Pending(Protocol):
         ...
 
 
+class OutOfMemory(Exception):
+    """A step found no memory: nothing of it was computed, and all before it is as it was."""
+
+
 class RunnerLike(Protocol):
     """What the loop needs of a device: `launch` queues the work and returns at once.
 
-    No plan may be under way at a call of `idle`.
+    `launch` and `Pending.result` may raise OutOfMemory; sequences of the plan have to be admitted
+    anew then. No plan may be under way at a call of `idle`.
     """
 
     def launch(self, plan: StepPlan) -> Pending: ...

@@ -163,8 +163,11 @@ class Stats(Wire, frozen=True):
     blocks_leaked: int = 0
 
 
+NO_MEMORY = "insufficient_memory"  # detail of an error: its step found no memory
+
+
 class Finish(Wire, frozen=True):
-    """The one end of sequence `id`; `detail` is the text of an `error`."""
+    """The one end of sequence `id`; `detail` is the text of an `error`, or NO_MEMORY."""
 
     id: int
     reason: FinishReason

@@ -6,6 +6,7 @@ with `blocks.BlockPool` and `policy`. Must not know torch, the clock, the socket
     add, abort      what the router wants
     plan            the next step, or None if nothing can be computed now
     commit          the results of a planned step, in the order of the plans
+    withdraw        the planned steps found no memory
     take_output     what the router must hear of all that
 
 One more `plan` may be made before the `commit` of the one before it (the host runs ahead by one
@@ -45,6 +46,7 @@ from engine.policy import (
     worth_copying,
 )
 from engine.protocol import (
+    NO_MEMORY,
     BadFrame,
     Embedding,
     FinishReason,
@@ -372,24 +374,23 @@ class Scheduler:
                 sequence.append(token)
                 reason = finish_reason(sequence)
             else:
-                reason = self._computed(sequence, end, sampled.embeddings.get(index))
+                reason = _computed(outbox, sequence, end, sampled.embeddings.get(index))
             if reason is not None:
                 self._end(sequence, reason, _DETAILS.get(reason, ""))
         self.counters.steps += 1
         outbox.news = True
 
-    def _computed(
-        self, sequence: Sequence, end: int, embedding: bytes | None
-    ) -> FinishReason | None:
-        """Positions below `end` are computed and nothing was sampled: is that the end?"""
-        if end < sequence.num_kv:
-            return None
-        if sequence.pooling is None:  # nothing was to be generated
-            return "length"
-        if embedding is None:
-            raise RuntimeError(f"the device gave no embedding of sequence {sequence.id}")
-        self._outbox.embeddings.append(Embedding(sequence.id, embedding))
-        return "stop"
+    def withdraw(self) -> None:
+        """No plan without a commit was computed, for lack of memory: its largest row's sequence
+        ends, the others run again from what is committed. Each call ends one, if there is any."""
+        launched, self._launched = self._launched, deque()
+        planned = [pair for plan, group in launched for pair in zip(plan.rows, group, strict=True)]
+        rows = [(row.count, sequence) for row, sequence in planned if not sequence.ended]
+        if rows:
+            self._end(max(rows, key=lambda row: row[0])[1], "error", NO_MEMORY)
+        for _, sequence in rows:
+            if sequence.slot is not None:
+                self._preempt(sequence)
 
     # -- the ends
 
@@ -438,6 +439,20 @@ def _admit_of(sequence: Sequence) -> Admit:
         sequence.stop_ids if sequence.matcher is None else (),  # its masks see to `min_new`
         sequence.pooling,
     )
+
+
+def _computed(
+    outbox: Outbox, sequence: Sequence, end: int, embedding: bytes | None
+) -> FinishReason | None:
+    """Positions below `end` are computed and nothing was sampled: is that the end?"""
+    if end < sequence.num_kv:
+        return None
+    if sequence.pooling is None:  # nothing was to be generated
+        return "length"
+    if embedding is None:
+        raise RuntimeError(f"the device gave no embedding of sequence {sequence.id}")
+    outbox.embeddings.append(Embedding(sequence.id, embedding))
+    return "stop"
 
 
 def _seal(pool: BlockPool, sequence: Sequence, start: int, end: int) -> None:

@@ -137,8 +137,9 @@ class Connection(HttpToolsProtocol):
         if read_bytes >= min(STALL_BYTES, self._unread_bytes):
             self._watch_reading()
             return
-        if self.scope is not None:
-            self.scope[TOO_SLOW] = True  # type: ignore[typeddict-unknown-key]
+        scope: Any = self.scope  # None where there never was a request
+        if scope is not None:
+            scope[TOO_SLOW] = True
         self.transport.abort()  # closing would wait for the client
 
     def _resume_pause(self, end_s: float) -> None:

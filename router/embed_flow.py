@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final, NamedTuple
 
-from engine.protocol import Pooling, Sampling, unpack_floats, unpack_tokens
+from engine.protocol import NO_MEMORY, Pooling, Sampling, unpack_floats, unpack_tokens
 from router import logs
 from router.admission import Admission, Ask
 from router.dispatch import choose
-from router.errors import BadRequest, EngineFailed, Overloaded, Quarantined, RequestTimeout
+from router.errors import (
+    BadRequest,
+    EngineFailed,
+    InsufficientMemory,
+    Overloaded,
+    Quarantined,
+    RequestTimeout,
+)
 from router.fleet import Fleet, Replica
 from router.flow import MAX_DEATHS, MAX_MOVES, Placement, RequestRecord
 from router.metrics import Metrics
@@ -247,6 +254,8 @@ class _Run:
             problem = "no embedding of the size asked for, or one with values that are no numbers"
         if problem or vector is None:
             logs.error("engine_error", request_id=stream.request_id, reason=problem)
+            if problem == NO_MEMORY:
+                raise InsufficientMemory
             raise EngineFailed
         return vector
 

@@ -19,6 +19,7 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
         EngineFailed           500 internal_error
           Quarantined            500 request_quarantined
         Overloaded             503 server_is_overloaded
+          InsufficientMemory     503 insufficient_memory
         ModelUnloaded          503 model_unloaded
         RequestTimeout         504 request_timeout
         ClientGone             499, never answered: there is nobody left to read it
@@ -261,6 +262,18 @@ class ModelUnloaded(RequestError):
             param="model",
             retry_after_s=30,
         )
+
+
+class InsufficientMemory(Overloaded):
+    """Its engine found no memory for this request; the engine itself is well."""
+
+    def __init__(
+        self,
+        message: str = "The engine has no memory left for this request: make it shorter, or try "
+        "again when less is going on.",
+    ) -> None:
+        super().__init__(message)
+        self.code = "insufficient_memory"
 
 
 class ClientGone(RequestError):

@@ -16,13 +16,14 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from engine.protocol import Finish, Sampling
+from engine.protocol import NO_MEMORY, Finish, Sampling
 from router import logs
 from router.admission import Admission, Ask
 from router.dispatch import PrefixMap, chain, choose
 from router.errors import (
     ContextLengthExceeded,
     EngineFailed,
+    InsufficientMemory,
     Overloaded,
     Quarantined,
     RequestTimeout,
@@ -459,6 +460,8 @@ def _raise_failure(job: Job, end: Finish) -> None:
         raise SlowClient
     if end.reason == "error":
         logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
+        if end.detail == NO_MEMORY:
+            raise InsufficientMemory
         raise EngineFailed
 
 

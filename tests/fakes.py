@@ -387,6 +387,22 @@ class Driver:
             self.scheduler.commit(done, pending.result())
         self.collect()
 
+    def starve(self, *, launched: bool) -> None:
+        """One step finds no memory: when it is launched, or as late as when its result is read."""
+        plan = self.scheduler.plan(self.smooth_tokens)
+        if plan is None:
+            return
+        if launched:
+            self.runner.launch(plan)
+            self._flying.clear()
+        else:
+            self.runner.last_step = plan.step
+            while self._flying:
+                done, pending = self._flying.pop(0)
+                self.scheduler.commit(done, pending.result())
+        self.scheduler.withdraw()
+        self.collect()
+
     def _check_shares(self, plan: StepPlan) -> None:
         """Pooled sequences start and run last, in what a smooth step leaves and a few tokens."""
         if any(admit.pooling is not None for admit in plan.admits):

@@ -21,7 +21,7 @@ from engine.device.batch import Batch
 from engine.device.encoding import build_encoder_device
 from engine.device.heap import giving_back
 from engine.device.kv import KvCache
-from engine.device.memory import num_blocks
+from engine.device.memory import Guarded, num_blocks
 from engine.device.runner import Runner
 from engine.device.threads import ThreadGovernor
 from engine.device.warm_up import warm_up
@@ -86,7 +86,8 @@ def build_device(config: EngineConfig) -> Device:
         else:
             tuner = _tuner(products, file) if products and file else None
             built = _causal_device(config, model_config, source, target, tuner)
-    return built._replace(limits=replace(built.limits, load_s=time.monotonic() - began_s))
+    load_s = time.monotonic() - began_s
+    return Device(Guarded(built.runner), replace(built.limits, load_s=load_s))
 
 
 def compute_device(name: str) -> torch.device:

@@ -1,17 +1,27 @@
-"""How many KV blocks an engine gets: arithmetic over what the router planned and what is free."""
+"""How many KV blocks an engine gets: arithmetic over what the router planned and what is free.
+
+And what happens when a step finds no memory in spite of it: see `Guarded`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from engine.config import EngineConfig, NotEnoughMemory
+from engine.plan import OutOfMemory, Pending, RunnerLike, Sampled, StepPlan
+
+T = TypeVar("T")
 
 # Without a plan an engine on the CPU takes at most this much, so that a desktop stays usable.
 _CPU_KV_BYTES = 1 << 30
 # On a GPU the rest of what the weights leave is for activations.
 _GPU_KV_SHARE = 0.85
+# How torch says on the CPU, in a RuntimeError, that malloc failed.
+_CPU_WORDS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
 
 
 def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
@@ -43,3 +53,47 @@ def free_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+class Guarded:
+    """A runner whose lack of memory is OutOfMemory, whatever it was that lacked it."""
+
+    def __init__(self, runner: RunnerLike) -> None:
+        self._runner = runner
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """See `engine.plan.RunnerLike`."""
+        return _GuardedStep(_guard(lambda: self._runner.launch(plan)))
+
+    def idle(self) -> bool:
+        """See `engine.plan.RunnerLike`."""
+        return self._runner.idle()
+
+
+class _GuardedStep:
+    __slots__ = ("_pending",)
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+
+    def result(self) -> Sampled:
+        return _guard(self._pending.result)
+
+
+def _guard(call: Callable[[], T]) -> T:
+    """Raises OutOfMemory once nothing holds the memory of the failed step any more."""
+    try:
+        return call()
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemory
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory is all that was missing."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in _CPU_WORDS)

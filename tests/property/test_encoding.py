@@ -13,6 +13,7 @@ from engine.encoding import EncoderScheduler
 from engine.loop import EngineLoop
 from engine.plan import Row, Sampled, StepPlan
 from engine.protocol import (
+    NO_MEMORY,
     Abort,
     Finish,
     Limits,
@@ -242,6 +243,22 @@ def test_a_vector_in_flight_is_not_that_of_a_later_text_with_its_id() -> None:
     assert output is not None
     assert ([finish.reason for finish in output.finished], output.embeddings) == (["abort"], ())
     assert scheduler.stats.waiting == 1
+
+
+def test_r25_a_batch_of_texts_that_finds_no_memory_costs_the_largest() -> None:
+    driver = EncoderDriver(step_tokens=12)
+    for text in texts(3, 5, 4, 6):
+        driver.scheduler.add(text)
+    plan = driver.scheduler.plan()
+    assert plan is not None
+    driver.runner.launch(plan)  # and its result is lost
+    driver.scheduler.abort([0])
+    driver.scheduler.withdraw()
+    assert driver.scheduler.stats.waiting == 2
+    driver.run()
+    told = {id_: (finish.reason, finish.detail) for id_, finish in driver.ends.items()}
+    lost = ("error", NO_MEMORY)
+    assert told == {0: ("abort", ""), 1: lost, 2: ("stop", ""), 3: ("stop", "")}
 
 
 def test_priority_goes_first() -> None:

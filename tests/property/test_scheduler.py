@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from engine.policy import pooled_slots
-from engine.protocol import Limits, Pooling, Sampling, Submit, unpack_tokens
+from engine.protocol import NO_MEMORY, Limits, Pooling, Sampling, Submit, unpack_tokens
 from tests.fakes import (
     Answer,
     Driver,
@@ -207,6 +207,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         self.failing.add(data.draw(st.sampled_from(sorted(self.submits))))
 
+    @rule(launched=st.booleans(), count=st.integers(1, 3))
+    def find_no_memory(self, launched: bool, count: int) -> None:
+        """R25: each step that finds none costs one sequence, and the others nothing but time."""
+        for _ in range(count):
+            before = self.starved
+            self.driver.starve(launched=launched)
+            assert len(self.starved) <= len(before) + 1
+
+    @property
+    def starved(self) -> set[int]:
+        return {
+            number
+            for number, answer in self.driver.answers.items()
+            if answer.finishes and answer.finishes[0].detail == NO_MEMORY
+        }
+
     @invariant()
     def the_books_agree(self) -> None:
         scheduler, limits = self.driver.scheduler, self.driver.limits
@@ -239,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         answers = self.driver.run(self.the_books_agree)
         assert set(answers) == set(self.submits), "each submit ends"
         for number, submit in self.submits.items():
-            cut_short = number in self.aborted | self.failing
+            cut_short = number in self.aborted | self.failing | self.starved
             check_answer(submit, answers[number], self.driver.limits, cut_short)
         check_pool(self.driver.pool, [])
         assert self.driver.scheduler.plan() is None

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from engine.inbox import EXIT_PARENT_GONE, Item, ParentGone, Skipped, Terminate
 from engine.loop import EngineLoop, StepClock, run
-from engine.plan import Pending, Sampled, StepPlan
+from engine.plan import OutOfMemory, Pending, Sampled, StepPlan
 from engine.protocol import (
+    NO_MEMORY,
     Abort,
     Busy,
     Drain,
@@ -53,6 +54,8 @@ class Recorded:
     s_per_token: float = 0.0
     result_s: float = 0.0  # spent when a result is waited for
     pieces: int = 0  # of work for quiet moments
+    no_memory_from: int = 10**9  # tokens in a step
+    is_late: bool = False  # no memory is found when a result is read
 
     def idle(self) -> bool:
         self.pieces = max(0, self.pieces - 1)
@@ -60,8 +63,12 @@ class Recorded:
 
     def launch(self, plan: StepPlan) -> Pending:
         self.log.append(f"launch {plan.step}")
+        lacks_memory = sum(row.count for row in plan.rows) >= self.no_memory_from
+        if lacks_memory and not self.is_late:
+            self.runner.last_step = plan.step
+            raise OutOfMemory
         self.now_s += self.step_s + self.s_per_token * sum(row.count for row in plan.rows)
-        return RecordedStep(self, plan.step, self.runner.launch(plan))
+        return RecordedStep(self, plan.step, self.runner.launch(plan), lacks_memory)
 
 
 @dataclass
@@ -69,8 +76,11 @@ class RecordedStep:
     device: Recorded
     step: int
     ready: Ready
+    lacks_memory: bool = False
 
     def result(self) -> Sampled:
+        if self.lacks_memory:
+            raise OutOfMemory
         self.device.log.append(f"result {self.step}")
         self.device.now_s += self.device.result_s
         return self.ready.sampled
@@ -460,4 +470,27 @@ def test_every_submit_ends_exactly_once_and_every_ping_is_answered(
     assert sorted(ends) == submitted
     pongs = [message.n for message in engine.said if isinstance(message, Pong)]
     assert pongs == [place for place, (what, _n) in enumerate(orders) if what == "ping"]
+    assert engine.scheduler.stats.blocks_held == engine.scheduler.stats.blocks_leaked == 0
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("late", [False, True], ids=["launch", "result"])
+def test_r25_a_request_that_finds_no_memory_fails_alone(overlap: int, late: bool) -> None:
+    """The largest prompt does not fit; who runs beside it is computed again and ends as usual."""
+    engine = Engine(make_limits(max_len=64, num_blocks=64), overlap=overlap, step_tokens=32)
+    engine.runner.no_memory_from = 20  # tokens in a step
+    engine.runner.is_late = late
+    others = [make_submit(n, [n % 3, 1, 2], max_new=6) for n in range(1, 4)]
+    engine.step(*others)
+    engine.step()
+    engine.step(make_submit(9, [1] * 25, max_new=4))
+    engine.finish()
+    assert [(end.reason, end.detail) for end in engine.ends(9)] == [("error", NO_MEMORY)]
+    for submit in others:
+        assert (engine.tokens(submit.id), "length") == generate(submit, engine.limits)
+    for n in range(100, 200):
+        engine.step(make_submit(n, [n % 3, 2], max_new=2))
+    engine.finish()
+    assert all(engine.ends(n)[0].reason == "length" for n in range(100, 200))
+    assert engine.loop.exit_code is None
     assert engine.scheduler.stats.blocks_held == engine.scheduler.stats.blocks_leaked == 0

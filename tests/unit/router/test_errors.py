@@ -23,6 +23,7 @@ CASES = [
     (errors.EngineFailed(), 500, "internal_error"),
     (errors.Quarantined(), 500, "request_quarantined"),
     (errors.Overloaded("m"), 503, "server_is_overloaded"),
+    (errors.InsufficientMemory(), 503, "insufficient_memory"),
     (errors.ClientGone(), 499, "client_gone"),
     (errors.SlowClient(), 499, "slow_client"),
 ]

@@ -12,10 +12,11 @@ import pytest
 import pytest_asyncio
 
 from engine import protocol
-from engine.protocol import Sampling
+from engine.protocol import NO_MEMORY, Sampling
 from router.errors import (
     ContextLengthExceeded,
     EngineFailed,
+    InsufficientMemory,
     Overloaded,
     Quarantined,
     RequestTimeout,
@@ -40,6 +41,7 @@ def plays(prompt: str) -> Play:
         "dies-late": Play(steps, dies_at=6),
         "dies-always": Play(steps, dies_at=2, deaths=99),
         "error": Play(steps[:1], error="secret detail"),
+        "no-memory": Play(steps[:1], error=NO_MEMORY),
         "error-at-once": Play([], error="secret detail"),
         "waits": Play(steps[:1], waits=True),
         "never": Play([], waits=True),
@@ -371,3 +373,10 @@ async def test_a_grammar_goes_with_every_choice_and_on_to_the_next_engine(tmp_pa
     assert grammars == ["", *["start: /[0-9]+/"] * 4]
     assert [told.epoch for told in parts.engines.vocabularies] == [1, 2]
     assert protocol.unpack_tokens(parts.engines.submits[-1].tokens)[-3:] == encode_text("123")
+
+
+async def test_r25_a_request_without_memory_fails_with_its_own_code(router: Router) -> None:
+    with pytest.raises(InsufficientMemory):
+        await run(router, job(router, "no-memory"))
+    for _ in range(100):
+        assert text_of(await run(router, job(router, "plain"))) == "Hello world"
