@@ -1,0 +1,26 @@
+"""All long rows, by their numbers in the acceptance table, with how often each fault is played."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+from tools.soaking.figures import RowResult
+from tools.soaking.hours import r27
+from tools.soaking.kills import r1, r2, r5
+from tools.soaking.row import Orders
+
+
+class Row(NamedTuple):
+    """`n` is the full count; a shorter run says so in its line."""
+
+    play: Callable[[Orders], Awaitable[RowResult]]
+    n: int
+
+
+ROWS: Final = {
+    "R1": Row(r1, 200),
+    "R2": Row(r2, 30),
+    "R5": Row(r5, 20),
+    "R27": Row(r27, 1),  # by --minutes
+}
