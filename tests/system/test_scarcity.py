@@ -7,7 +7,6 @@ import asyncio
 import json
 import re
 import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.lifelines import measured
 from tests.router_process import ROOT, Start, free_port, wait_gone
 from tests.serving import wait_for
 
@@ -51,7 +51,7 @@ async def test_r24_too_many_clients_for_the_descriptors(start: Start) -> None:
     assert limits["limit"] == 256
     async with asyncio.timeout(120):
         ends = Counter(await asyncio.gather(*[one_client(port, 60) for _ in range(CLIENTS)]))
-    sys.stdout.write(f"R24: {CLIENTS} clients, 256 descriptors: {dict(ends)}\n")
+    measured(f"R24: {CLIENTS} clients, 256 descriptors: {dict(ends)}")
     assert ends["served"] >= limits["connections"]
     assert ends["served"] + ends["refused"] == CLIENTS
     lines = [line for line in router.log.splitlines() if '"event": "request"' not in line]

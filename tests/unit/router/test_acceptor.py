@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from router.acceptor import FAREWELLS, HttpServer, bind, connection_limit, open_descriptors
+from tests.router_process import until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -73,9 +74,7 @@ async def test_beyond_the_limit_is_503_until_somebody_leaves() -> None:
         assert (server.connections, server.refused) == (3, 2 * FAREWELLS)
         for _, writer in admitted:
             writer.close()
-        async with asyncio.timeout(20):
-            while server.connections:  # noqa: ASYNC110 - uvicorn has no event for it
-                await asyncio.sleep(0.01)
+        await until(lambda: server.connections == 0)
         head, writer = await ask(port)
         assert b"200 OK" in head
         writer.close()
@@ -107,7 +106,5 @@ async def test_it_recovers_from_having_no_descriptor_at_all() -> None:
             assert server.alive
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        async with asyncio.timeout(20):
-            while server.connections == 0:  # noqa: ASYNC110 - uvicorn has no event for it
-                await asyncio.sleep(0.01)
+        await until(lambda: server.connections == 1)
         client.close()
