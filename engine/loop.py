@@ -155,6 +155,15 @@ class EngineLoop:
         To be iterated to its end, each message sent before the next one is asked for: a `Busy`
         must be out before the step that it announces.
         """
+        counters = self._scheduler.counters
+        counters.frames_received += sum(
+            not isinstance(item, Terminate | ParentGone) for item in inbox
+        )
+        for message in self._step(inbox):
+            yield message
+            counters.frames_sent += 1
+
+    def _step(self, inbox: Sequence[Item]) -> Iterator[ToRouter]:
         yield from self._apply(inbox)
         if self.exit_code is not None:
             return

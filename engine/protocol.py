@@ -161,6 +161,8 @@ class Stats(Wire, frozen=True):
     preemptions: int = 0
     bad_frames: int = 0
     blocks_leaked: int = 0
+    frames_sent: int = 0  # before the one that carries this, since `Ready`
+    frames_received: int = 0
 
 
 NO_MEMORY = "insufficient_memory"  # detail of an error: its step found no memory

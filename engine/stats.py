@@ -14,6 +14,8 @@ class Counters:
     __slots__ = (
         "bad_frames",
         "blocks_leaked",
+        "frames_received",
+        "frames_sent",
         "generated_tokens",
         "preemptions",
         "prefix_hit_tokens",
@@ -31,6 +33,9 @@ class Counters:
         self.preemptions = 0
         self.bad_frames = 0
         self.blocks_leaked = 0  # found at idle without a holder, and taken back
+
+        self.frames_sent = 0
+        self.frames_received = 0
 
     def started(self, num_prompt: int, queried: int, hit: int) -> None:
         """A sequence left the waiting queue for the first time; numbers are tokens."""
@@ -56,4 +61,6 @@ class Counters:
             preemptions=self.preemptions,
             bad_frames=self.bad_frames,
             blocks_leaked=self.blocks_leaked,
+            frames_sent=self.frames_sent,
+            frames_received=self.frames_received,
         )

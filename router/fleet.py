@@ -21,6 +21,7 @@ from engine import protocol
 from engine.protocol import Finish, FinishReason, Limits, Sampling, Stats
 from router import logs
 from router.errors import EXIT_CONFIG, Overloaded
+from router.frame_account import FrameAccount
 from router.metrics import Metrics, ReplicaSample
 from router.streams import (
     SLOW_CLIENT,
@@ -95,6 +96,7 @@ class Replica:
         self.ping_n = 0
         self.ping_s: float | None = None  # when the oldest unanswered ping was sent
         self.outbox: deque[bytes] = deque()  # frames that found the socket full
+        self.frames = FrameAccount()
         self.fatal: tuple[str, int] | None = None  # its own last words
         self.reason = "not started"
 
@@ -138,11 +140,7 @@ class Fleet:
 
     def views(self, model: str) -> list[ReplicaView]:
         """The model's replicas now, as values to choose from."""
-        return [self._view(replica) for replica in self.of_model(model)]
-
-    def _view(self, r: Replica) -> ReplicaView:
-        requests, tokens = self._table.load(r.index)
-        return ReplicaView(r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits)
+        return [_view(replica, self._table) for replica in self.of_model(model)]
 
     def serving_count(self, model: str) -> int:
         """How many replicas of it may be given work."""
@@ -151,17 +149,7 @@ class Fleet:
     def samples(self) -> list[ReplicaSample]:
         """Numbers for a scrape."""
         now = self._clock()
-        samples: list[ReplicaSample] = []
-        for r in self.replicas:
-            running = len(self._table.of_replica(r.index))
-            age_s = now - r.heard_s if running else 0.0
-            block_size = r.limits.block_size if r.limits else 0
-            samples.append(
-                ReplicaSample(
-                    name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats
-                )
-            )
-        return samples
+        return [_sample(replica, self._table, now) for replica in self.replicas]
 
     def unavailable(self, model: str) -> Overloaded:
         """The answer while no replica is ready: which model, in which state, since when."""
@@ -230,7 +218,7 @@ class Fleet:
     def submit(self, stream: Stream, replica: int, placement: Orders) -> bool:
         """Give it, with its tokens so far, to a replica. False if that one is just gone."""
         chosen = self.replicas[replica]
-        if chosen.state != "serving":
+        if chosen.state != "serving" or chosen.outbox:
             return False
         now = self._clock()
         if not self._table.of_replica(replica):
@@ -275,6 +263,7 @@ class Fleet:
 
     def _post(self, replica: Replica, message: protocol.ToEngine) -> bool:
         replica.outbox.append(protocol.encode(message))
+        replica.frames.sent()
         return self._flush(replica)
 
     def _flush(self, replica: Replica) -> bool:
@@ -301,7 +290,8 @@ class Fleet:
         for replica in self.replicas:
             if replica.state not in ("starting", "serving", "draining"):
                 continue
-            self._flush(replica)
+            if replica.outbox and self._flush(replica) and not replica.outbox:
+                self._table.wake_unplaced()  # it takes work again
             self._ping_if_idle(replica, now, hang_timeout_s)
             since_s = self._owes_since(replica)
             if since_s is not None and now - since_s > hang_timeout_s + replica.patience_s:
@@ -320,6 +310,7 @@ class Fleet:
             replica.ping_n += 1
             replica.ping_s = now
             self._post(replica, protocol.Ping(replica.epoch, replica.ping_n))
+            replica.frames.asked()
 
     # -- receiving
 
@@ -330,7 +321,7 @@ class Fleet:
             self._metrics.stale_frames.inc()
             return
         try:
-            message = protocol.decode_to_router(frame)
+            message = _read(replica, frame, self._metrics)
             if message.epoch != replica.epoch:
                 self._metrics.stale_frames.inc()
                 return
@@ -368,6 +359,7 @@ class Fleet:
             self.lose(replica.index, reason)
         elif replica.state == "starting" and replica.fatal is None:
             replica.limits = limits
+            replica.frames = FrameAccount()
             replica.patience_s = 0.0
             self._change(replica, "serving", "")
 
@@ -407,6 +399,38 @@ def _unavailable(name: str, replicas: list[Replica], now: float) -> Overloaded:
         f"Model '{name}' is {best.state} since {since_s:.0f} s: {ADVICE[best.state]}.",
         retry_after_s=30 if best.state == "parked" else 2,
     )
+
+
+def _view(r: Replica, table: StreamTable) -> ReplicaView:
+    requests, tokens = table.load(r.index)
+    is_behind = bool(r.outbox)
+    return ReplicaView(
+        r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits, is_behind
+    )
+
+
+def _sample(r: Replica, table: StreamTable, now: float) -> ReplicaSample:
+    running = len(table.of_replica(r.index))
+    age_s = now - r.heard_s if running else 0.0
+    block_size = r.limits.block_size if r.limits else 0
+    return ReplicaSample(
+        name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats
+    )
+
+
+def _read(replica: Replica, frame: bytes, metrics: Metrics) -> protocol.ToRouter:
+    """The frame's message. Raises BadFrame. What should have come before it and did not is lost."""
+    stats, answers = None, False
+    try:
+        message = protocol.decode_to_router(frame)
+        if isinstance(message, protocol.StepOutput | protocol.Pong):
+            answers = isinstance(message, protocol.Pong) and message.n == replica.ping_n
+            stats = message.stats if message.epoch == replica.epoch else None
+        return message
+    finally:
+        if lost := replica.frames.received(stats, answers=answers):
+            metrics.dropped.inc(lost)
+            logs.error("ipc_messages_dropped", replica=replica.index, messages=lost)
 
 
 def _order(epoch: int, stream: Stream, placement: Orders) -> protocol.Submit:

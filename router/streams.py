@@ -44,11 +44,12 @@ class ReplicaView(NamedTuple):
     inflight_tokens: int  # prompt and generated tokens of what it works on
     submitted: int  # sequences it was ever given
     limits: Limits | None  # None until it was ready once
+    is_behind: bool = False  # frames wait until it reads again
 
     @property
     def ready(self) -> bool:
         """May it be given work?"""
-        return self.state == "serving"
+        return self.state == "serving" and not self.is_behind
 
 
 class TokenLogprob(NamedTuple):
@@ -227,6 +228,10 @@ class Stream:
         self.finish = None
         self.lost = False
 
+    def wake(self) -> None:
+        """Its reader looks again, though nothing came."""
+        self._event.set()
+
     async def wait(self) -> None:
         """Returns after a change. It may also return without one: `take` then gives no tokens."""
         await self._event.wait()
@@ -285,6 +290,12 @@ class StreamTable:
         if stream.replica is not None:
             self._of_replica[stream.replica].pop(stream.id, None)
             stream.replica = None
+
+    def wake_unplaced(self) -> None:
+        """Whoever waits for a replica looks again."""
+        for stream in self._streams.values():
+            if stream.replica is None:
+                stream.wake()
 
     def load(self, replica: int) -> tuple[int, int]:
         """(sequences, tokens) that `replica` works on."""

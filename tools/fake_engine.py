@@ -143,6 +143,8 @@ class FakeEngine:
         self._draining = False
         self._terminations = 0
         self._bad_frames = 0
+        self._frames_sent = 0
+        self._frames_received = 0
 
     def start(self) -> None:
         """Everything up to Ready."""
@@ -155,6 +157,7 @@ class FakeEngine:
         if not self._never_ready:
             version = PROTOCOL_VERSION if script.version is None else script.version
             self._send(Ready(epoch, version, self._batch.limits))
+            self._frames_sent = 0
         self._play_start("ready")
 
     def serve(self, link: RouterLink) -> int:
@@ -176,6 +179,7 @@ class FakeEngine:
 
     def _apply(self, inbox: list[Item], now: float) -> None:
         for item in inbox:
+            self._frames_received += not isinstance(item, Terminate | ParentGone)
             match item:
                 case Submit() if self._draining:
                     self._batch.end(item.id, "abort", "the engine is draining")
@@ -224,7 +228,7 @@ class FakeEngine:
         if output is not None:
             complete = msgspec.structs.replace(output, stats=self._complete(output.stats))
             self._last_frame = encode(complete)
-            self._socket.send(self._last_frame)
+            self._put(self._last_frame)
         if self._draining and not self._batch.busy:
             self.exit_code = 0
 
@@ -244,16 +248,16 @@ class FakeEngine:
                 self._send(_three_tokens(self._config.epoch, _STRANGER))
             case "truncated":
                 frame = encode(_three_tokens(self._config.epoch, sequence.id))
-                self._socket.send(frame[: len(frame) // 2])
+                self._put(frame[: len(frame) // 2])
             case "repeat_step":
-                self._socket.send(self._last_frame)
+                self._put(self._last_frame)
             case _:
                 self._play_on_process(fault)
 
     def _play_on_process(self, fault: Fault) -> None:
         match fault.kind:
             case "garbage":
-                self._socket.send(bytes.fromhex(fault.hex))
+                self._put(bytes.fromhex(fault.hex))
             case "slow_step":
                 if fault.announce:
                     self._send(Busy(self._config.epoch, "step", fault.seconds))
@@ -277,10 +281,19 @@ class FakeEngine:
                 report(f"fault {fault.kind!r} has no meaning here")
 
     def _complete(self, stats: Stats) -> Stats:
-        return msgspec.structs.replace(stats, bad_frames=self._bad_frames)
+        return msgspec.structs.replace(
+            stats,
+            bad_frames=self._bad_frames,
+            frames_sent=self._frames_sent,
+            frames_received=self._frames_received,
+        )
 
     def _send(self, message: ToRouter) -> None:
-        self._socket.send(encode(message))
+        self._put(encode(message))
+
+    def _put(self, frame: bytes) -> None:
+        self._socket.send(frame)
+        self._frames_sent += 1
 
 
 def _three_tokens(epoch: int, id_: int) -> StepOutput:

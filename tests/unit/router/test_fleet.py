@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from typing import Literal, NamedTuple
 
@@ -309,14 +310,63 @@ async def test_last_words() -> None:
 async def test_back_pressure_keeps_order_and_loses_nothing() -> None:
     w = World()
     w.ready()
+    first = w.submit()
     w.link.answer = "full"
-    first, second = w.submit(), w.submit()
+    second = w.submit()
     w.fleet.close(first)
-    assert not w.link.sent
+    assert [type(m).__name__ for _, m in w.link.sent] == ["Submit"]
     w.link.answer = "sent"
     w.fleet.tick(HANG_S)
     assert [type(m).__name__ for _, m in w.link.sent] == ["Submit", "Submit", "Abort"]
     assert not second.done
+
+
+async def test_r21_an_engine_that_does_not_read_gets_no_more_work_until_it_does() -> None:
+    """What waits for its socket stays as it is, whatever clients come and go meanwhile."""
+    w = World()
+    w.ready(0)
+    w.ready(1)
+    w.link.answer = "full"
+    w.submit(0)
+    assert [view.ready for view in w.fleet.views("m")] == [False, True]
+    waiting = w.fleet.open([1], 5)
+    assert not w.fleet.submit(waiting, 0, Placement())
+    woken = asyncio.ensure_future(waiting.wait())
+    w.fleet.tick(HANG_S)
+    await asyncio.sleep(0)
+    assert not woken.done()
+    w.link.answer = "sent"
+    w.fleet.tick(HANG_S)
+    await asyncio.wait_for(woken, 10)
+    assert w.fleet.submit(waiting, 0, Placement())
+    assert len(w.link.sent) == 2
+
+
+async def test_lost_frames_are_counted() -> None:
+    w = World()
+    w.ready()
+    stream = w.submit()
+    w.say(StepOutput(1, 1, (stream.id,), (), pack_tokens([1]), stats=Stats(frames_sent=0)))
+    w.say(StepOutput(1, 3, (stream.id,), (), pack_tokens([1]), stats=Stats(frames_sent=1)))
+    assert dropped(w) == 0
+    w.say(StepOutput(1, 3, (stream.id,), (), pack_tokens([1]), stats=Stats(frames_sent=4)))
+    assert dropped(w) == 2
+    w.say(StepOutput(1, 4, (), (), b"", (Finish(stream.id, "stop"),), stats=Stats(frames_sent=5)))
+    w.now += 5
+    w.fleet.tick(HANG_S)
+    ping = w.link.last()
+    assert isinstance(ping, Ping)
+    w.say(Pong(1, ping.n, Stats(frames_sent=6, frames_received=1)))  # of a submit and the ping
+    assert dropped(w) == 3
+    w.ready(epoch=2)
+    w.say(Pong(2, 0, Stats(frames_sent=0)))
+    assert dropped(w) == 3
+
+
+def dropped(w: World) -> float:
+    text = w.metrics.render().decode()
+    (line,) = [x for x in text.splitlines() if x.startswith("router_ipc_messages_dropped_total ")]
+    return float(line.rpartition(" ")[2])
 
 
 async def test_a_vanished_peer_is_lost() -> None:
