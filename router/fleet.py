@@ -413,9 +413,7 @@ def _sample(r: Replica, table: StreamTable, now: float) -> ReplicaSample:
     running = len(table.of_replica(r.index))
     age_s = now - r.heard_s if running else 0.0
     block_size = r.limits.block_size if r.limits else 0
-    return ReplicaSample(
-        name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats
-    )
+    return ReplicaSample(name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats)
 
 
 def _read(replica: Replica, frame: bytes, metrics: Metrics) -> protocol.ToRouter:
