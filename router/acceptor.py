@@ -29,7 +29,7 @@ from router.connection import Connection
 from router.errors import Overloaded, error_body
 
 KEEP_ALIVE_S: Final = 75  # between two requests of a connection
-HTTP_GRACE_S: Final = 2  # for connections that still write, at the very end
+HTTP_GRACE_S: Final = 1  # for idle connections to close, at the very end
 BACKLOG: Final = 2048
 ACCEPTS_PER_WAKE: Final = 64
 FAREWELLS: Final = 16  # refused connections that may be open at once
@@ -232,6 +232,11 @@ class HttpServer(uvicorn.Server):
     def connections(self) -> int:
         """Those that are served now."""
         return len(self.server_state.connections) + len(self._arriving)
+
+    @property
+    def answering(self) -> int:
+        """Requests whose answer is not written yet."""
+        return len(self.server_state.tasks)
 
     @property
     def refused(self) -> int:

@@ -39,7 +39,8 @@ from router.supervisor import Supervisor
 Phase = Literal["starting", "ready", "draining", "stopped"]
 
 TICK_S: Final = 0.1
-FAREWELL_S: Final = 2.0  # for cut streams to write their end
+FAREWELL_S: Final = 1.0  # for cut streams to write their end
+SILENT_S: Final = 1.0  # an engine that long without progress at the deadline heeds no SIGTERM
 ENGINE_GRACE_S: Final = 5.0
 WATCHED_S: Final = 5.0  # for so long the engines may go unwatched before we are what hangs
 LAG_WINDOW_S: Final = 60.0
@@ -160,13 +161,16 @@ class Lifecycle:
                 await self._until_end([http, engines, pulse, reloads])
                 reloads.cancel()
                 hooks.notifier.stopping()
-                await self._drain(limits.drain_timeout_s)
+                await self._drain(limits.drain_timeout_s, server)
             finally:
                 reloads.cancel()
-                await self._supervisor.stop(0 if self._forced else ENGINE_GRACE_S)
-                server.force_exit = self._forced
+                # Who is still active now had a farewell, and does not read.
+                server.force_exit = self._forced or server.answering > 0
                 server.should_exit = True
-                await asyncio.wait([http], timeout=HTTP_GRACE_S + 1)
+                await asyncio.gather(
+                    self._supervisor.stop(0 if self._forced else ENGINE_GRACE_S),
+                    asyncio.wait([http], timeout=HTTP_GRACE_S + 1),
+                )
                 for task in (pulse, *beside):
                     task.cancel()
                 await asyncio.gather(http, engines, pulse, reloads, *beside, return_exceptions=True)
@@ -186,27 +190,32 @@ class Lifecycle:
             if task.done():
                 task.result()
 
-    async def _drain(self, drain_timeout_s: float) -> None:
+    async def _drain(self, drain_timeout_s: float, server: HttpServer) -> None:
         self.phase = "draining"
         self._admission.close("The server is stopping.")
         logs.info("draining", active=self._admission.active, signal=self._signal_name())
         patience_s = 0.0 if self._supervisor.failure.done() else drain_timeout_s
-        await self._idle(patience_s)
+        await self._idle(patience_s, server)
         self._admission.evict("The server is stopping.")
+        silent = [r.replica for r in self._fleet.samples() if r.progress_age_s > SILENT_S]
         cut = list(self._table)
         for stream in cut:
             self._fleet.cut(stream, "The server is stopping.", "abort")
         self._metrics.shutdown_aborted.inc(len(cut))
         if cut:
             logs.warning("streams_cut", streams=len(cut))
-        await self._idle(FAREWELL_S)
+        await self._idle(FAREWELL_S, server)
+        for index in silent:
+            self._fleet.lose(index, "no progress when the server stopped", hung=True)
         self._fleet.drain()
 
-    async def _idle(self, patience_s: float) -> None:
-        """Until nothing is active, `patience_s` passed, or a second signal."""
+    async def _idle(self, patience_s: float, server: HttpServer) -> None:
+        """Until all is answered and written, `patience_s` passed, or a second signal."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                while self._admission.active and not self._forced:  # noqa: ASYNC110 - two owners
+                while not self._forced:
+                    if not self._admission.active and not server.answering:
+                        return
                     await asyncio.sleep(0.02)
 
     def _exit_code(self) -> int:

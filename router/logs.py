@@ -7,6 +7,7 @@ escaped. Secrets are never given to it. Must not know what the events mean.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -230,12 +231,19 @@ class BackgroundLines(logging.Handler):
         return self.format(logging.makeLogRecord({**values, "msg": name, "fields": fields}))
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Who is cut off at the end is no bug, and needs no stack."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, asyncio.CancelledError)
+
+
 def start(form: str, level: str, file: LogFile | None = None) -> BackgroundLines:
     """Sends the events of "router" to `file` (standard error); `form` is "json" or "text".
 
     The caller must `stop` the returned handler at the end, which closes the file.
     """
     lines = BackgroundLines(LogFile() if file is None else file)
+    lines.addFilter(_is_news)
     lines.setFormatter(JsonLines() if form == "json" else TextLines())
     logger = logging.getLogger("router")
     logger.handlers[:] = [lines]

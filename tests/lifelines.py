@@ -22,7 +22,6 @@ from tests.router_process import RouterProcess, wait_gone
 from tests.serving import wait_for
 
 DRAIN_S: Final = 1.0
-ENGINE_GRACE_S: Final = 5.0  # that a hung engine gets before SIGKILL
 HANG: Final = {"rules": [{"match": "*", "faults": [{"kind": "hang"}]}]}
 SLOW: Final = {"tokens_per_s": 20, "rules": [{"match": "*", "reply": "abc ", "repeat": True}]}
 FAST: Final = {"rules": [{"match": "*", "reply": "abc ", "repeat": True}]}
@@ -88,7 +87,6 @@ class Situation:
     gpus: str = "cpu"
     decided: bool = False
     cut: bool = False
-    grace_s: float = 0.0
 
 
 def _idle(router: RouterProcess) -> list[RawClient]:
@@ -136,7 +134,7 @@ SITUATIONS: Final[Mapping[str, Situation]] = {
     "load": Situation(SLOW, _load, decided=True, cut=True),
     "loading": Situation({"load_s": 60}, _loading),
     "restarting": Situation(FATAL, _restarting, ("--on-fatal", "wait")),
-    "hung": Situation(HANG, _hung, decided=True, cut=True, grace_s=ENGINE_GRACE_S),
+    "hung": Situation(HANG, _hung, decided=True, cut=True),
     "full queue": Situation(
         SLOW, _full_queue, ("--max-concurrency", "1", "--max-queue", "2"), decided=True
     ),
@@ -153,7 +151,7 @@ class Shutdown:
     code: int
     codes: tuple[int, ...]  # as promised
     took_s: float  # from the last signal on
-    limit_s: float  # deadline + 2 s (+ the grace of an engine that hangs)
+    limit_s: float  # deadline + 2 s
     left: list[str]
     unfinished: int  # streams without their end
 
@@ -179,7 +177,7 @@ def shut_down(folder: Path, situation: str, ending: str) -> Shutdown:
         unfinished = sum(not any(end in answer for end in ends) for answer in answers)
         clean, forced = (0,), (128 + numbers[-1],)
         codes = clean if len(numbers) == 1 else forced if place.decided else clean + forced
-        limit_s = (0 if len(numbers) > 1 and place.decided else DRAIN_S + place.grace_s) + 2
+        limit_s = (0 if len(numbers) > 1 and place.decided else DRAIN_S) + 2
         left = router.leftovers()
         checks = unfinished if place.cut else 0
         return Shutdown(situation, ending, code, codes, took_s, limit_s, left, checks)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from engine.protocol import (
 from tests.engine_process import EPOCH, FAKE, REAL, engine_process, start
 from tools.tiny_model import VOCAB_SIZE, encode_text, write_tiny_model
 
+START_S = 30.0  # an interpreter and the imports, on a slow machine
 GONE_S = 30.0  # promised is 1 s: the rest is for slow machines
 ENDLESS = 1500  # tokens: more than a test waits for
 
@@ -145,7 +147,7 @@ def test_second_signal_leaves_now(command: Sequence[str], model: str) -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_gone_with_the_router(command: Sequence[str], model: str, busy: bool) -> None:
+def test_a1_gone_with_the_router(command: Sequence[str], model: str, busy: bool) -> None:
     with engine_process(command, model=model) as engine:
         engine.ready()
         if busy:
@@ -177,7 +179,22 @@ def test_gone_with_the_router_while_loading(tmp_path: Path) -> None:
         engine.process.wait(GONE_S)
 
 
-def test_gone_with_a_killed_router(model: str, tmp_path: Path) -> None:
+def test_a1_an_engine_outlives_the_thread_that_started_it(model: str) -> None:
+    """What ends engines is the router's end, not that of a thread (as PR_SET_PDEATHSIG would)."""
+    with ThreadPoolExecutor(1) as pool:
+        context = engine_process(FAKE, model=model)
+        engine = pool.submit(context.__enter__).result()
+    try:  # the thread is gone
+        engine.ready()
+        engine.submit(1, "still here", 4)
+        assert engine.finish([1])[1].reason == "length"
+        assert engine.process.poll() is None
+    finally:
+        context.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])  # before its first line, in its load
+def test_a1_gone_with_a_killed_router(model: str, tmp_path: Path, delay_s: float) -> None:
     """No test's trick: the parent is a process of its own and gets SIGKILL."""
     code = (
         "import subprocess, sys, time\n"
@@ -194,9 +211,9 @@ def test_gone_with_a_killed_router(model: str, tmp_path: Path) -> None:
     with parent:
         assert parent.stdout
         pid = int(parent.stdout.readline())
-        time.sleep(0.3)  # somewhere in its load
+        time.sleep(delay_s)
         parent.kill()
-        deadline_s = time.monotonic() + GONE_S
+        deadline_s = time.monotonic() + START_S  # its interpreter may not be up yet
         while _lives(pid):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

@@ -1,10 +1,14 @@
-"""Signals: drain with a deadline, at once for the second, nothing left, codes as promised."""
+"""Signals: drain with a deadline, at once for the second, nothing left, codes as promised.
+
+The matrix of situations and signals (R15) is in test_lifelines.py.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -65,15 +69,6 @@ def begin(router: RouterProcess, number: int, max_tokens: int) -> list[Client]:
     return clients
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_idle(start: Start, number: int) -> None:
-    router = start(script={}, gpus="cpu,cpu")
-    assert router.url
-    router.signal(number)
-    assert router.wait() == 0
-    assert router.leftovers() == []
-
-
 def test_running_requests_finish_and_newcomers_are_refused(start: Start) -> None:
     router = start(script=SLOW, gpus="cpu,cpu")
     clients = begin(router, 4, max_tokens=40)
@@ -106,9 +101,9 @@ def test_queued_requests_are_served_before_the_end(start: Start) -> None:
     assert router.wait() == 0
 
 
-def test_the_deadline_cuts_with_an_error_event(start: Start) -> None:
+def test_a5_the_deadline_cuts_endless_streams_with_an_error_event(start: Start) -> None:
     router = start("--drain-timeout", "0.5", script=SLOW, gpus="cpu,cpu")
-    clients = begin(router, 4, max_tokens=2000)
+    clients = begin(router, 5, max_tokens=2000)
     begin_s = time.monotonic()
     router.signal(signal.SIGTERM)
     for client in clients:
@@ -120,13 +115,15 @@ def test_the_deadline_cuts_with_an_error_event(start: Start) -> None:
     assert router.wait() == 0
     assert time.monotonic() - begin_s < 60
     assert router.leftovers() == []
-    assert router.events("streams_cut")[0]["streams"] == 4
+    assert router.events("streams_cut")[0]["streams"] == 5
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_second_signal_ends_it_now(start: Start, number: int, code: int) -> None:
+def test_a5_the_second_signal_ends_endless_streams_now(
+    start: Start, number: int, code: int
+) -> None:
     router = start(script=SLOW, gpus="cpu,cpu")
-    clients = begin(router, 4, max_tokens=2000)
+    clients = begin(router, 5, max_tokens=2000)
     router.signal(number)
     router.wait_for("draining")
     begin_s = time.monotonic()
@@ -135,14 +132,6 @@ def test_the_second_signal_ends_it_now(start: Start, number: int, code: int) -> 
     assert time.monotonic() - begin_s < 60
     for client in clients:
         assert client.finish()[-1] == "[DONE]"
-    assert router.leftovers() == []
-
-
-def test_during_the_load(start: Start) -> None:
-    router = start(script={"load_s": 100})
-    router.wait_for("engine_loading")
-    router.signal(signal.SIGTERM)
-    assert router.wait() == 0
     assert router.leftovers() == []
 
 
@@ -156,43 +145,12 @@ def test_at_any_moment_of_the_start(start: Start, delay_s: float) -> None:
     assert router.leftovers() == []
 
 
-def test_while_an_engine_hangs(start: Start) -> None:
-    """It heeds no SIGTERM: it is killed after five seconds."""
-    rule = {"match": "*", "faults": [{"kind": "hang"}]}
-    router = start("--drain-timeout", "0.3", script={"rules": [rule]})
-    assert router.url
-    client = Client(router, 5)
-    while router.metric("router_requests_running") == 0:
-        time.sleep(0.02)
-    router.signal(signal.SIGTERM)
-    assert router.wait() == 0
-    assert client.finish()[-1] == "[DONE]" or client.error is not None
-    assert router.leftovers() == []
-
-
-def test_while_an_engine_restarts(start: Start) -> None:
-    router = start("--on-fatal", "wait", script={"start_faults": [{"kind": "crash"}]})
-    router.wait_for("engine_died", 3)
-    router.signal(signal.SIGTERM)
-    assert router.wait() == 0
-    assert router.leftovers() == []
-
-
-def test_a_client_that_never_reads_does_not_hold_the_end(start: Start) -> None:
-    script = {"rules": [{"match": "*", "reply": "x" * 64, "repeat": True}]}
-    router = start("--drain-timeout", "0.5", script=script)
-    with router.stream("go", max_tokens=2000):
-        router.signal(signal.SIGTERM)
-        assert router.wait() == 0
-    assert router.leftovers() == []
-
-
 @pytest.mark.parametrize("moment", ["load", "idle", "streams"])
-def test_kill_9_of_the_router_ends_the_engines(start: Start, moment: str) -> None:
+def test_a1_kill_9_of_the_router_ends_the_engines(start: Start, moment: str) -> None:
     router = start(script={**SLOW, "load_s": 100 if moment == "load" else 0}, gpus="cpu,cpu")
     router.wait_for("engine_loading", 2)
     if moment == "streams":
-        begin(router, 4, max_tokens=2000)
+        begin(router, 5, max_tokens=2000)
     elif moment == "idle":
         assert router.url
     router.popen.kill()
@@ -202,14 +160,86 @@ def test_kill_9_of_the_router_ends_the_engines(start: Start, moment: str) -> Non
 
 
 def test_sigusr1_logs_the_state(start: Start) -> None:
-    router = start(script={})
-    assert router.url
+    router = start(script=SLOW)
+    begin(router, 3, max_tokens=200)
     router.signal(signal.SIGUSR1)
-    router.wait_for("state_queue")
-    assert router.events("state_replica")[0]["state"] == "serving"
+    router.wait_for("state_tasks", 3)  # the last ones
+    (state,) = router.events("state")
+    assert (state["phase"], state["streams"]) == ("ready", 3)
+    assert state["rss_bytes"] > 10e6
+    (replica,) = router.events("state_replica")
+    assert (replica["state"], replica["running"]) == ("serving", 3)
+    assert (replica["pid"], replica["blocks_total"]) == (router.engine_pid(0), 4096)
+    assert replica["rss_bytes"] > 10e6
+    streams = router.events("state_stream")
+    assert [stream["prompt_tokens"] for stream in streams] == [2, 2, 2]
+    assert router.events("state_queue")[0]["used"] == 3
+    assert router.events("state_descriptors")[0]["open"] > 10
+    stacks = " ".join(event["stack"] for event in router.events("state_tasks"))
+    assert "_pulse" in stacks
+    assert '"go"' not in router.log  # a prompt
 
 
-def test_a_standard_error_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
+def test_sigquit_shows_all_stacks_and_aborts(start: Start) -> None:
+    """Also those of an engine that is stuck in a step."""
+    script = {"rules": [{"match": "*", "faults": [{"kind": "slow_step", "seconds": 600}]}]}
+    router = start(script=script, gpus="cpu,cpu")
+    clients = [Client(router, 5)]
+    deadline_s = time.monotonic() + 60
+    while router.metric("router_requests_running") == 0:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    router.signal(signal.SIGQUIT)
+    assert router.wait(60) == -signal.SIGABRT
+    assert "cli.py" in router.log
+    said = [event["line"] for event in router.events("engine_says")]
+    assert sum("Current thread" in line for line in said) == 2
+    assert any("_play_on_process" in line for line in said)
+    assert wait_gone(router.engine_pids, 5) == []
+    clients[0].finish()
+
+
+class ServiceManager:
+    """What systemd would hear."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "notify")
+        self.heard: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.settimeout(60)
+
+    def wait_for(self, word: str) -> None:
+        while not any(word in lines for lines in self.heard):
+            self.heard.append(self._socket.recv(65536).decode())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def test_the_service_manager_is_told(start: Start, tmp_path: Path) -> None:
+    manager = ServiceManager(tmp_path)
+    env = {"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "2000000"}
+    router = start("--drain-timeout", "1", script={**SLOW, "load_s": 2}, env=env)
+    manager.wait_for("STATUS=starting: 0 of 1 engines serve")
+    manager.wait_for("EXTEND_TIMEOUT_USEC=")
+    manager.wait_for("READY=1")
+    manager.wait_for("STATUS=ready: 1 of 1 engines serve, 0 requests running, 0 waiting")
+    manager.heard.clear()
+    manager.wait_for("WATCHDOG=1")
+    environ = Path(f"/proc/{router.engine_pid(0)}/environ").read_text()
+    assert "NOTIFY_SOCKET" not in environ
+    client = begin(router, 1, max_tokens=2000)[0]
+    router.signal(signal.SIGTERM)
+    manager.heard.clear()
+    manager.wait_for("STOPPING=1")
+    manager.wait_for("EXTEND_TIMEOUT_USEC=")
+    client.finish()
+    assert router.wait() == 0
+    manager.close()
+
+
+def test_r23_a_standard_error_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     port = free_port()

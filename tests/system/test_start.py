@@ -32,7 +32,7 @@ from tests.router_process import ROOT, Start, run_router, tiny_model, wait_gone
         ("--config /no/such/router.toml", 78, "/no/such/router.toml"),
     ],
 )
-def test_wrong_command_lines(words: str, code: int, says: str) -> None:
+def test_r31_a4_wrong_command_lines(words: str, code: int, says: str) -> None:
     got, output, took_s = run_router(*words.split())
     assert got == code, output
     assert says in output
@@ -50,7 +50,7 @@ def test_a_model_that_cannot_fit(tmp_path: Path) -> None:
     assert output.count("\n") == 1
 
 
-def test_port_taken(tmp_path: Path) -> None:
+def test_r31_a4_port_taken(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -184,7 +184,7 @@ def listening_port(pid: int) -> int:
         ({"kind": "crash", "how": "segv"}, 70, "SIGSEGV"),
     ],
 )
-def test_a_failed_load_ends_the_command(
+def test_a2_a4_a_failed_load_ends_the_command(
     start: Start, fault: dict[str, Any], code: int, says: str
 ) -> None:
     router = start(script={"start_faults": [{"replica": 1, **fault}]}, gpus="cpu,cpu")
@@ -210,7 +210,7 @@ def test_python_in_an_engine_command_is_the_routers(start: Start, tmp_path: Path
     assert router.complete("hello").json()["choices"][0]["text"] == "ok"
 
 
-def test_leftovers_of_a_killed_router_are_removed(start: Start) -> None:
+def test_r31_a3_leftovers_of_a_killed_router_are_removed(start: Start) -> None:
     first = start(script={})
     assert first.url
     first.popen.kill()
