@@ -63,20 +63,26 @@ Refusal = Callable[[str], RequestError]
 
 
 class ServiceRate:
-    """How fast tokens are served, and when the next refused client should return."""
+    """How fast tokens are served while requests wait, and when a refused client should return."""
 
     def __init__(self) -> None:
         self._served: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
+        self._known: float | None = None  # tokens/s when requests waited the last time
         self._promised_s = 0.0
 
-    def served(self, now: float, tokens: int) -> None:
-        """A permit came back after so many tokens."""
-        self._served.append((now, max(1, tokens)))
+    def served(self, now: float, tokens: int, *, waited_for: bool = True) -> None:
+        """A permit came back after so many tokens. If nobody waits for it, nobody can tell how soon
+        it could have come: quiet times say nothing of the speed."""
+        if waited_for:
+            self._served.append((now, max(1, tokens)))
+        else:
+            self._known = self.tokens_per_s(now)
+            self._served.clear()
 
     def tokens_per_s(self, now: float) -> float | None:
         """Over the last permits that came back; None as long as nothing is known."""
         if len(self._served) < 2:
-            return None
+            return self._known
         span_s = max(now - self._served[0][0], 1e-3)
         return sum(tokens for _, tokens in list(self._served)[1:]) / span_s
 
@@ -160,7 +166,8 @@ class Gate:
         try:
             yield permit
         finally:
-            self._rate.served(self._clock(), permit.tokens)
+            waited_for = self._line.size > 0
+            self._rate.served(self._clock(), permit.tokens, waited_for=waited_for)
             self._line.settle(ticket, permit.tokens)
             self._give_back()
 
@@ -213,7 +220,8 @@ class Gate:
         except TimeoutError as error:
             raise RequestTimeout(
                 f"No engine of model '{name_of(self.model)}' became free within the request's time "
-                "limit."
+                "limit.",
+                retry_after_s=self._retry_after_s(ticket),
             ) from error
         finally:
             if not admitted:

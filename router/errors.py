@@ -168,8 +168,14 @@ class BodyTimeout(RequestError):
 class RequestTimeout(RequestError):
     """The operator's time limit passed. The client was not slow: no 408."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, status=504, type="timeout_error", code="request_timeout")
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(
+            message,
+            status=504,
+            type="timeout_error",
+            code="request_timeout",
+            retry_after_s=retry_after_s,
+        )
 
 
 class PayloadTooLarge(RequestError):

@@ -243,3 +243,30 @@ async def test_one_keys_crowd_does_not_hold_up_another() -> None:
     end.set()
     await asyncio.gather(holder, *tasks)
     assert max(i for i, tenant in enumerate(order) if tenant == b"light") < 16
+
+
+def test_r19_quiet_times_say_nothing_of_the_speed() -> None:
+    """Ten requests in an hour, and then a crowd: it is not told to come back in a minute."""
+    rate = ServiceRate()
+    for second in range(0, 3600, 360):
+        rate.served(float(second), 100, waited_for=False)
+    assert rate.retry_after_s(3600.0, 5000, 100) == 1  # nothing is known yet
+    for i in range(20):
+        rate.served(3600.0 + i / 10, 100)  # 1,000 tokens/s
+    assert rate.tokens_per_s(3602.0) == pytest.approx(1000, rel=0.1)
+    rate.served(3602.0, 100, waited_for=False)
+    assert rate.tokens_per_s(9000.0) == pytest.approx(1000, rel=0.1)
+
+
+async def test_r19_a_wait_that_took_too_long_is_told_when_to_return() -> None:
+    one = gate(1)
+    end = asyncio.Event()
+    holder = asyncio.create_task(hold(one, end))
+    await settle()
+    with pytest.raises(RequestTimeout) as caught:
+        async with one.permit(0.0):
+            pass
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s >= 1
+    end.set()
+    await holder

@@ -38,6 +38,30 @@ def test_shares_are_equal_in_tokens(sizes: tuple[int, int]) -> None:
     assert most - least <= 0.1 * (least + most) + max(sizes) + QUANTUM
 
 
+@pytest.mark.parametrize("size", [50, 400, 3000])
+def test_r20_a_short_request_waits_for_two_others_at_most(size: int) -> None:
+    """Not for a long turn of the key whose crowd was there before, whenever it comes."""
+    for served_before in range(20):
+        line = Line()
+        for _ in range(200):
+            line.push(Ticket(b"crowd", size))
+        line.push(Ticket(b"third", size))
+        for _ in range(served_before):
+            line.pop()
+        line.push(Ticket(b"light", min(size, 50)))
+        waited = 0
+        while line.pop().tenant != b"light":
+            waited += 1
+        assert waited * size <= 2 * (size + QUANTUM)
+
+
+def test_r20_a_request_far_larger_than_a_turn_costs_no_time_to_find() -> None:
+    line = Line()
+    for tenant in (b"a", b"b", b"c"):
+        line.push(Ticket(tenant, 10**12))
+    assert [line.pop().tenant for _ in range(3)] == [b"a", b"b", b"c"]
+
+
 def test_what_an_answer_cost_beyond_the_estimate_is_paid_for() -> None:
     line = Line()
     for _ in range(2000):
