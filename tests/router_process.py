@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -224,10 +225,12 @@ def tiny_model(folder: Path) -> Path:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that was free a moment ago, and that no other test's `--port 0` is given meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)  # below those that the kernel gives out
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_router(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, float]:

@@ -6,12 +6,14 @@ environment of the tests. A client that is not installed skips its tests, with t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,22 @@ class Results:
 
 def environment(name: str) -> Path:
     """The folder of an environment; skips where it is missing."""
+    wait_installed()
     folder = ENVIRONMENTS / name
     if not (folder / ".installed").exists():
         reason = ENVIRONMENTS / f"{name}.reason"
         why = reason.read_text().strip() if reason.exists() else "tools/clients brings it"
         pytest.skip(f"the client environment {name} is not installed: {why}")
     return folder
+
+
+@cache
+def wait_installed() -> None:
+    """tools/test makes the environments beside the first tests, and holds a lock meanwhile."""
+    lock = ENVIRONMENTS / ".lock"
+    if lock.exists():
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def play(client: str, home: Path, settings: Mapping[str, Any]) -> Results:

@@ -73,7 +73,8 @@ def cpu_device(folder: Path) -> Device:
     )
 
 
-def run(device: Device, overlap: int, sampling: Sampling, new: int = 6) -> list[Generated]:
+def run(device: Device, overlap: int, sampling: Sampling) -> list[Generated]:
+    new = 6 if torch.cuda.is_available() else 4  # a token takes a second, interpreted
     driver = Driver(device, step_tokens=16)
     return driver.run(
         [
