@@ -183,6 +183,11 @@ class Gate:
         """Refuse newcomers from now on; who waits or holds a permit goes on."""
         self._closed = lambda: kind(reason)
 
+    @property
+    def is_open(self) -> bool:
+        """Newcomers are welcome."""
+        return self._closed is None
+
     def open(self) -> None:
         """Newcomers are welcome again."""
         self._closed = None
@@ -336,6 +341,10 @@ class Admission:
             self._closed = reason
         for gate in self._of(model):
             gate.close(reason, kind)
+
+    def is_open(self, model: str) -> bool:
+        """Newcomers of it are welcome."""
+        return any(gate.is_open for gate in self._of(model))
 
     def open(self, model: str) -> None:
         """Newcomers of this model are welcome again, unless the server stops."""

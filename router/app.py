@@ -25,6 +25,7 @@ from router.api.fixed import Fixed, page
 from router.api.generation import Generations
 from router.api.messages import Messages
 from router.api.messages_schema import MessagesRequest
+from router.api.models import Operator
 from router.api.openapi import About, Operation, describe
 from router.api.origins import Cors, HostCheck
 from router.api.responses import Responses
@@ -63,6 +64,7 @@ class Parts:
     metrics: Metrics
     health: Health
     access: Access = field(default_factory=Access)
+    operator: Operator | None = None  # None: models do not change
 
 
 class Row(NamedTuple):
@@ -91,6 +93,7 @@ def build_app(parts: Parts) -> ASGIApp:
     rows = [
         *_generating(parts, generations),
         *_asking(parts, generations),
+        *_operating(parts),
         get("/docs", page("docs.html"), About("This server's routes.", media_type="text/html")),
     ]
     description = About("This description.")
@@ -160,7 +163,8 @@ def _further(generations: Generations) -> list[Row]:
 
 
 def _asking(parts: Parts, generations: Generations) -> list[Row]:
-    models = Models(parts.models, parts.flow, parts.embed_flow)
+    state_of = parts.operator.state_of if parts.operator else None
+    models = Models(parts.models, parts.flow, parts.embed_flow, state_of)
     tokens = Tokens(generations, parts.flow)
     status = Status(parts.health, parts.metrics)
     all_models = About(
@@ -195,4 +199,21 @@ def _asking(parts: Parts, generations: Generations) -> list[Row]:
         get("/health/started", status.started, started, is_open=True),
         get("/metrics", status.metrics, metrics),
         get("/version", status.version, About("Its version.", answer=shapes.VersionAnswer)),
+    ]
+
+
+def _operating(parts: Parts) -> list[Row]:
+    """What changes the server itself."""
+    operator = parts.operator
+    if operator is None:
+        return []
+    every = About("Models with their engines.", answer=shapes.OperatedModels)
+    load = About("Load a model's engines.", answer=shapes.OperatedModel, errors=(404, 503))
+    unload = About("Take a model's engines away.", answer=shapes.OperatedModel, errors=(404,))
+    reload = About("Read the configuration again.", answer=shapes.Reload)
+    return [
+        get("/admin/models", operator.list, every),
+        post("/admin/models/{name:path}/load", operator.load, load),
+        post("/admin/models/{name:path}/unload", operator.unload, unload),
+        post("/admin/reload", operator.reload, reload),
     ]

@@ -152,7 +152,7 @@ def parse(words: Sequence[str], environ: Mapping[str, str]) -> Invocation:
         config = resolve(options, api_keys=keys, fallback_timeout_s=fallback_s)
     except ValueError as error:
         raise StartError(str(error), EXIT_USAGE) from error
-    return Invocation(command, config, notes)
+    return Invocation(command, msgspec.structs.replace(config, file=file or ""), notes)
 
 
 def _split_command(words: list[str]) -> tuple[str, list[str]]:

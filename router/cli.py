@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -22,15 +22,20 @@ from router.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNAVAILABLE, StartError
 if TYPE_CHECKING:
     import socket
 
-    from router.admission import Admission, QueueBounds
+    from router import planning
+    from router.admission import Admission, Gate
     from router.config import RouterConfig
-    from router.fleet import Fleet
+    from router.embed_flow import EmbedFlow
+    from router.flow import Flow
     from router.link import IpcLink
     from router.logs import BackgroundLines, LogFile
     from router.notify import Notifier
+    from router.memory import EnginePlan
+    from router.planning import PlannedModel, Running
+    from router.roster import Planner
     from router.sources import ModelSource
-    from router.supervisor import EngineSpec
     from router.text.served import ServedModel
+    from router.waiting import FlowSettings
 
 
 class Outside(NamedTuple):
@@ -78,7 +83,7 @@ def run(words: Sequence[str]) -> int:
         invocation = parse(words, os.environ)
         if invocation.command == "check":
             return check(invocation, os.environ)
-        return serve(invocation, os.environ)
+        return serve(invocation, words, os.environ)
     except StartError as error:
         with contextlib.suppress(OSError):  # no room for it: the code still tells
             sys.stderr.write(f"router: {error.message}\n")
@@ -127,7 +132,7 @@ def _mb(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.0f} MB" if num_bytes else "as the engine decides"
 
 
-def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
+def serve(invocation: Invocation, words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Serves until a signal; returns the exit code."""
     from router import acceptor, leftovers, logs, planning
     from router.link import IpcLink
@@ -144,20 +149,20 @@ def serve(invocation: Invocation, environ: Mapping[str, str]) -> int:
             logs.warning("flag_renamed", old=old, new=new)
         folders = _runtime_folders(environ)
         _log_leftovers(*leftovers.sweep(folders))  # before free memory is looked at
-        plan = planning.make_plan(config, environ)
         link = IpcLink()
-        listener = stack.enter_context(_bind(config.http.host, config.http.port))
         stack.callback(link.close)
-        descriptors = acceptor.raise_descriptor_limit()
-        connections = acceptor.connection_limit(descriptors, len(plan.replicas))
-        logs.info("descriptors", limit=descriptors, connections=connections)
-        models = [planning.served_model(config, plan, i) for i in range(len(plan.models))]
         endpoint = _open(link, folders)
         environ = {**environ, leftovers.INSTANCE: link.instance}
-        specs = planning.make_specs(config, plan, models, environ, endpoint)
+        planner = _Planner(words, environ, planning.Site(environ, endpoint))
+        planned = planner.plan(config, ())
+        listener = stack.enter_context(_bind(config.http.host, config.http.port))
+        descriptors = acceptor.raise_descriptor_limit()
+        num_engines = sum(len(model.engines) for model in planned)
+        connections = acceptor.connection_limit(descriptors, num_engines)
+        logs.info("descriptors", limit=descriptors, connections=connections)
         outside = Outside(link, listener, lines, notifier, connections)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(config, models, specs, outside))
+            return runner.run(_run(config, planned, planner, outside))
 
 
 def _log_file(path: str) -> LogFile:
@@ -168,6 +173,33 @@ def _log_file(path: str) -> LogFile:
     except OSError as error:
         text = f"cannot open --log-file {path}: {error.strerror}"
         raise StartError(text, EXIT_CONFIG) from error
+
+
+class _Planner:
+    """The command line as it was given, with the files as they are when asked."""
+
+    def __init__(
+        self, words: Sequence[str], environ: Mapping[str, str], site: planning.Site
+    ) -> None:
+        self._words = words
+        self._environ = environ
+        self._site = site
+
+    def read(self) -> RouterConfig:
+        """What the operator wants now. Raises StartError."""
+        return parse(self._words, self._environ).config
+
+    def plan(self, config: RouterConfig, running: Sequence[Running]) -> list[PlannedModel]:
+        """See `planning.plan_models`."""
+        from router import planning
+
+        return planning.plan_models(config, self._site, running)
+
+    def lack(self, engines: Sequence[EnginePlan], device: str) -> str:
+        """See `planning.lack`."""
+        from router import planning
+
+        return planning.lack(engines, device)
 
 
 def _interrupt(number: int, _frame: object) -> NoReturn:
@@ -222,11 +254,11 @@ def _bind(host: str, port: int) -> socket.socket:
 
 async def _run(
     config: RouterConfig,
-    models: list[ServedModel],
-    specs: list[EngineSpec],
+    planned: Sequence[PlannedModel],
+    planner: Planner,
     outside: Outside,
 ) -> int:
-    from router.admission import QueueBounds
+    from router.api.models import Operator
     from router.app import Access, Parts, build_app
     from router.dump import StateDump
     from router.embed_flow import EmbedFlow
@@ -234,67 +266,121 @@ async def _run(
     from router.flow import Flow
     from router.lifecycle import Hooks, Lifecycle, RunLimits
     from router.metrics import Metrics, QueueSample
+    from router.roster import Roster, Works
     from router.streams import StreamTable
     from router.supervisor import Supervisor
     from router.text.pool import TextPool
     from router.text.served import ModelTable
     from router.text.wire_vocabulary import vocabulary_of
-    from router.waiting import FlowSettings
+    from router.turnover import Turnover
 
-    limits, link, lines = config.limits, outside.link, outside.lines
-    most = limits.max_concurrency or max(spec.config.max_batch for spec in specs)
+    limits, clock = config.limits, time.monotonic
+    link, lines = outside.link, outside.lines
     metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
-    table = StreamTable()
-    bounds = QueueBounds(limits.max_queue, limits.max_queue_tokens)
-    names = [spec.model for spec in specs]
-    served = ModelTable(models)
-    fleet = Fleet(names, table, link, metrics, time.monotonic, vocabulary_of(served))
-    admission = _admission(most, bounds, models, fleet)
-    supervisor = Supervisor(specs, fleet, metrics, on_fatal=limits.on_fatal, clock=time.monotonic)
-    life = Lifecycle(fleet, link, supervisor, admission, table, metrics)
+    streams, served = StreamTable(), ModelTable([model.served for model in planned])
+    keys = [model.served.key for model in planned for _ in model.engines]
+    fleet = Fleet(keys, streams, link, metrics, clock, vocabulary_of(served))
+    gates = _Gates(config, planned, fleet.serving_count)
+    admission = gates.admission(model.served for model in planned)
+    specs = [engine.spec for model in planned for engine in model.engines]
+    supervisor = Supervisor(specs, fleet, metrics, on_fatal=limits.on_fatal, clock=clock)
+    works = Works(fleet, supervisor, admission, served, streams, planner, gates.of)
+    roster = Roster(works, limits, planned, clock)
+    settings = gates.settings(config)
+    flow = Flow(fleet, admission, metrics, settings, clock)
+    embed_flow = EmbedFlow(fleet, admission, metrics, settings, clock)
+
+    turnover = Turnover(roster, planner, config, _limiter(gates, admission, [flow, embed_flow]))
+    life = Lifecycle(fleet, link, supervisor, admission, streams, metrics)
     metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
     metrics.add_replicas(fleet.samples)
     metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
     pool = TextPool()
-    settings = FlowSettings(
-        request_timeout_s=limits.request_timeout_s,
-        queue_timeout_s=limits.queue_timeout_s,
-        first_token_timeout_s=limits.first_token_timeout_s,
-        max_concurrency=most,
-    )
-    dump = StateDump(fleet, supervisor, admission, table, time.monotonic)
-    flow = Flow(fleet, admission, metrics, settings, time.monotonic)
-    embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
+    dump = StateDump(fleet, supervisor, admission, streams, clock)
     access = Access(config.http.api_keys, config.http.cors_origins, config.http.allowed_hosts)
-    parts = Parts(served, flow, embed_flow, pool, metrics, life, access)
+    operator = Operator(roster, turnover)
+    parts = Parts(served, flow, embed_flow, pool, metrics, life, access, operator)
+    looking_after = asyncio.create_task(roster.run(), name="roster")
     try:
         return await life.run(
             build_app(parts),
             outside.listener,
             RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections),
-            Hooks(outside.notifier, dump, lines.reopen),
+            Hooks(outside.notifier, dump, lines.reopen, turnover.reload if config.file else None),
         )
     finally:
+        looking_after.cancel()
+        await asyncio.gather(looking_after, return_exceptions=True)
         pool.close()
 
 
-def _admission(
-    most: int, bounds: QueueBounds, models: list[ServedModel], fleet: Fleet
-) -> Admission:
+def _limiter(
+    gates: _Gates, admission: Admission, flows: Sequence[Flow | EmbedFlow]
+) -> Callable[[RouterConfig, Iterable[PlannedModel]], None]:
+    """Puts the limits of a configuration into force."""
+
+    def limit(config: RouterConfig, models: Iterable[PlannedModel]) -> None:
+        gates.limit(config, models)
+        admission.bound(gates.bounds)
+        for flow in flows:
+            flow.limit(gates.settings(config))
+
+    return limit
+
+
+class _Gates:
     """Up to `most` requests in each replica, and `bounds` on those that wait for each model."""
-    from router.admission import EMBEDDING_SHARE, Admission, Gate
 
-    def gate(name: str, permits_each: int) -> Gate:
-        def permits() -> int:
-            return fleet.serving_count(name) * permits_each
+    def __init__(
+        self,
+        config: RouterConfig,
+        models: Iterable[PlannedModel],
+        serving_count: Callable[[str], int],
+    ) -> None:
+        self._serving_count = serving_count
+        self.limit(config, models)
 
-        return Gate(name, bounds, permits, time.monotonic)
+    def limit(self, config: RouterConfig, models: Iterable[PlannedModel]) -> None:
+        """From now on these hold."""
+        from router.admission import QueueBounds
 
-    few = max(1, most // EMBEDDING_SHARE)
-    return Admission(
-        [gate(model.name, most) for model in models],
-        [gate(model.name, few) for model in models if model.generates],
-    )
+        limits = config.limits
+        batches = [engine.spec.config.max_batch for model in models for engine in model.engines]
+        self._most = limits.max_concurrency or max(batches)
+        self.bounds = QueueBounds(limits.max_queue, limits.max_queue_tokens)
+
+    def settings(self, config: RouterConfig) -> FlowSettings:
+        """Of one request."""
+        from router.waiting import FlowSettings
+
+        limits = config.limits
+        return FlowSettings(
+            request_timeout_s=limits.request_timeout_s,
+            queue_timeout_s=limits.queue_timeout_s,
+            first_token_timeout_s=limits.first_token_timeout_s,
+            max_concurrency=self._most,
+        )
+
+    def admission(self, models: Iterable[ServedModel]) -> Admission:
+        """The queues of all of them."""
+        from router.admission import Admission
+
+        pairs = [self.of(model) for model in models]
+        return Admission([gate for gate, _ in pairs], [gate for _, gate in pairs if gate])
+
+    def of(self, model: ServedModel) -> tuple[Gate, Gate | None]:
+        """The queue of one, and that of its embeddings if it also generates."""
+        from router.admission import EMBEDDING_SHARE, Gate
+
+        def all_permits() -> int:
+            return self._serving_count(model.key) * self._most
+
+        def few_permits() -> int:
+            return self._serving_count(model.key) * max(1, self._most // EMBEDDING_SHARE)
+
+        gate = Gate(model.key, self.bounds, all_permits, time.monotonic)
+        few = Gate(model.key, self.bounds, few_permits, time.monotonic)
+        return gate, few if model.generates else None
 
 
 if __name__ == "__main__":

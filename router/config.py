@@ -158,6 +158,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat
     log_level: LogLevel
     log_file: str  # empty = standard error
+    file: str = ""  # --config, which SIGHUP reads again
 
 
 def resolve(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Final, Literal, Protocol
 
 from engine import protocol
@@ -100,6 +101,33 @@ class Replica:
         self.fatal: tuple[str, int] | None = None  # its own last words
         self.reason = "not started"
 
+    def begin(self, epoch: int, identity: bytes, now: float) -> None:
+        """A new process: nothing holds any more that was known of the one before."""
+        self.epoch = epoch
+        self.identity = identity
+        self.stats = Stats()
+        self.fatal = None
+        self.knows_vocabulary = False
+        self.outbox.clear()
+        self.ping_s = None
+        self.heard_s = now
+        self.patience_s = FIRST_FRAME_LIMIT_S
+
+    def announce(self, silence_s: float) -> None:
+        """It will not be heard of for about so long."""
+        least_s = FIRST_FRAME_LIMIT_S if self.state == "starting" else 0.0
+        self.patience_s = max(max(0.0, silence_s) * BUSY_FACTOR, least_s)
+
+    def owes_since_s(self, works: bool) -> float | None:
+        """Since when a sign of life is due; None if none is."""
+        return self.heard_s if works or self.state == "starting" else self.ping_s
+
+    def wants_ping(self, works: bool, now: float, hang_timeout_s: float) -> bool:
+        """It is idle, and was long enough without being asked how it is."""
+        if works or self.state != "serving" or self.ping_s is not None:
+            return False
+        return now - self.heard_s >= min(5.0, hang_timeout_s / 4)
+
 
 class Fleet:
     """All replicas. `subscribe` tells of each change of state.
@@ -117,7 +145,8 @@ class Fleet:
         vocabulary_of: VocabularyOf | None = None,
     ) -> None:
         """Replica i serves models[i]; `clock` is monotonic; no `vocabulary_of`: no grammars."""
-        self.replicas = [Replica(index, model) for index, model in enumerate(models)]
+        self._replicas: dict[int, Replica] = {}
+        self._indices = count()
         self._table = table
         self._link = link
         self._metrics = metrics
@@ -125,8 +154,9 @@ class Fleet:
         self._vocabulary_of = vocabulary_of
         self._of_identity: dict[bytes, Replica] = {}
         self._listeners: list[Callable[[Replica], None]] = []
-        self._bad_frame_logged_s = float("-inf")
-        self._bad_frames_unlogged = 0
+        self._bad_frames = _BadFrames(metrics)
+        for model in models:
+            self.add(model)
 
     # -- what others may know
 
@@ -134,9 +164,18 @@ class Fleet:
         """`listener(replica)` is called after each change of a state."""
         self._listeners.append(listener)
 
+    @property
+    def replicas(self) -> list[Replica]:
+        """All there are, in the order of their indices."""
+        return list(self._replicas.values())
+
+    def replica(self, index: int) -> Replica:
+        """Raises KeyError for one that is gone."""
+        return self._replicas[index]
+
     def of_model(self, model: str) -> list[Replica]:
         """The replicas of one model."""
-        return [replica for replica in self.replicas if replica.model == model]
+        return [replica for replica in self._replicas.values() if replica.model == model]
 
     def views(self, model: str) -> list[ReplicaView]:
         """The model's replicas now, as values to choose from."""
@@ -149,7 +188,7 @@ class Fleet:
     def samples(self) -> list[ReplicaSample]:
         """Numbers for a scrape."""
         now = self._clock()
-        return [_sample(replica, self._table, now) for replica in self.replicas]
+        return [_sample(replica, self._table, now) for replica in self._replicas.values()]
 
     def unavailable(self, model: str) -> Overloaded:
         """The answer while no replica is ready: which model, in which state, since when."""
@@ -157,29 +196,57 @@ class Fleet:
 
     # -- the life of a replica
 
+    def add(self, model: str) -> int:
+        """One more replica, without a process; returns its index, which no other ever has."""
+        index = next(self._indices)
+        self._replicas[index] = Replica(index, model)
+        return index
+
+    def remove(self, index: int) -> None:
+        """Forget a replica whose process is gone."""
+        self.hand_over(index, "it was removed")
+        self._of_identity.pop(self._replicas[index].identity, None)
+        self._change(self._replicas.pop(index), "dead", "removed")
+
+    def rest(self, index: int, reason: str) -> None:
+        """It has no process from now on, on purpose; what it still works on goes elsewhere."""
+        self.hand_over(index, reason)
+        self._of_identity.pop(self._replicas[index].identity, None)
+        self._change(self._replicas[index], "asleep", reason)
+
+    def rouse(self, index: int) -> None:
+        """A process for it is on its way."""
+        self._replicas[index].begin(self._replicas[index].epoch, b"", self._clock())
+        self._change(self._replicas[index], "starting", "")
+
+    def hand_over(self, index: int, reason: str) -> None:
+        """No new work for it; its streams are taken away and end as lost, without a death."""
+        replica = self._replicas[index]
+        streams = list(self._table.of_replica(index).values())
+        if streams and replica.state in ("serving", "draining"):
+            self._post(replica, protocol.Abort(replica.epoch, tuple(s.id for s in streams)))
+        if replica.state in ("starting", "serving"):
+            self._change(replica, "draining", reason)
+        for stream in streams:
+            self._table.release(stream)
+            stream.end(Finish(stream.id, "abort", f"handed over: {reason}"), lost=True)
+
     def start(self, index: int, epoch: int, identity: bytes) -> None:
         """A process was started for it. What an earlier epoch says is stale from now on."""
-        replica = self.replicas[index]
+        replica = self._replicas[index]
         self._of_identity.pop(replica.identity, None)
         self._of_identity[identity] = replica
-        replica.epoch = epoch
-        replica.identity = identity
-        replica.stats = Stats()
-        replica.fatal = None
-        replica.knows_vocabulary = False
-        replica.outbox.clear()
-        replica.ping_s = None
-        replica.heard_s = self._clock()
-        replica.patience_s = FIRST_FRAME_LIMIT_S
+        replica.begin(epoch, identity, self._clock())
         self._change(replica, "starting", "")
 
     def lose(self, index: int, reason: str, *, hung: bool = False) -> list[Stream]:
         """Its process is gone or condemned: its streams end as lost, and are returned."""
-        replica = self.replicas[index]
+        replica = self._replicas[index]
         self._of_identity.pop(replica.identity, None)
         replica.outbox.clear()
         lost = list(self._table.of_replica(index).values())
-        if replica.state not in GONE or (replica.state == "hung" and not hung):
+        gone = replica.state in GONE or replica.state == "asleep"
+        if not gone or (replica.state == "hung" and not hung):
             self._change(replica, "hung" if hung else "dead", reason)
         for stream in lost:
             stream.deaths += 1
@@ -189,15 +256,15 @@ class Fleet:
 
     def park(self, index: int, reason: str) -> None:
         """It is not started again by itself."""
-        self._change(self.replicas[index], "parked", reason)
+        self._change(self._replicas[index], "parked", reason)
 
     def last_words(self, index: int) -> tuple[str, int] | None:
         """(reason, exit code) that its engine announced, if it did."""
-        return self.replicas[index].fatal
+        return self._replicas[index].fatal
 
     def drain(self) -> None:
         """All engines finish what they have; no replica takes new work."""
-        for replica in self.replicas:
+        for replica in list(self._replicas.values()):
             if replica.state == "serving":
                 self._change(replica, "draining", "shutdown")
                 self._post(replica, protocol.Drain(replica.epoch))
@@ -217,7 +284,7 @@ class Fleet:
 
     def submit(self, stream: Stream, replica: int, placement: Orders) -> bool:
         """Give it, with its tokens so far, to a replica. False if that one is just gone."""
-        chosen = self.replicas[replica]
+        chosen = self._replicas[replica]
         if chosen.state != "serving" or chosen.outbox:
             return False
         now = self._clock()
@@ -257,7 +324,7 @@ class Fleet:
         if index is None:
             return
         self._table.release(stream)
-        replica = self.replicas[index]
+        replica = self._replicas[index]
         if replica.state in ("serving", "draining"):
             self._post(replica, protocol.Abort(replica.epoch, (stream.id,)))
 
@@ -287,30 +354,20 @@ class Fleet:
         Idle: a ping unanswered for as long is one. Starting: only the announced time counts.
         """
         now = self._clock()
-        for replica in self.replicas:
+        for replica in list(self._replicas.values()):
             if replica.state not in ("starting", "serving", "draining"):
                 continue
             if replica.outbox and self._flush(replica) and not replica.outbox:
                 self._table.wake_unplaced()  # it takes work again
-            self._ping_if_idle(replica, now, hang_timeout_s)
-            since_s = self._owes_since(replica)
+            works = bool(self._table.of_replica(replica.index))
+            if replica.wants_ping(works, now, hang_timeout_s):
+                replica.ping_n += 1
+                replica.ping_s = now
+                self._post(replica, protocol.Ping(replica.epoch, replica.ping_n))
+                replica.frames.asked()
+            since_s = replica.owes_since_s(works)
             if since_s is not None and now - since_s > hang_timeout_s + replica.patience_s:
                 self.lose(replica.index, f"no progress for {now - since_s:.1f} s", hung=True)
-
-    def _owes_since(self, replica: Replica) -> float | None:
-        if replica.state == "starting" or self._table.of_replica(replica.index):
-            return replica.heard_s
-        return replica.ping_s
-
-    def _ping_if_idle(self, replica: Replica, now: float, hang_timeout_s: float) -> None:
-        idle = replica.state == "serving" and not self._table.of_replica(replica.index)
-        if not idle or replica.ping_s is not None:
-            return
-        if now - replica.heard_s >= min(5.0, hang_timeout_s / 4):
-            replica.ping_n += 1
-            replica.ping_s = now
-            self._post(replica, protocol.Ping(replica.epoch, replica.ping_n))
-            replica.frames.asked()
 
     # -- receiving
 
@@ -332,7 +389,7 @@ class Fleet:
             else:
                 self._on_other(replica, message)
         except protocol.BadFrame as error:
-            self._bad_frame(replica, str(error))
+            self._bad_frames.add(replica.index, str(error), self._clock())
 
     def _on_other(
         self,
@@ -346,9 +403,7 @@ class Fleet:
                 replica.stats = stats
                 replica.patience_s = 0.0
             case protocol.Busy(expected_s=expected_s):
-                announced_s = max(0.0, expected_s) * BUSY_FACTOR
-                least_s = FIRST_FRAME_LIMIT_S if replica.state == "starting" else 0.0
-                replica.patience_s = max(announced_s, least_s)
+                replica.announce(expected_s)
             case protocol.Fatal(reason=reason, code=code):
                 replica.fatal = (reason, code)
 
@@ -379,15 +434,35 @@ class Fleet:
             # An abort that we did not ask for: the engine drains, others may go on.
             ended.end(finish, lost=finish.reason == "abort")
 
-    def _bad_frame(self, replica: Replica, reason: str) -> None:
+
+class _BadFrames:
+    """Counts them all, logs them once a minute."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._logged_s = float("-inf")
+        self._unlogged = 0
+
+    def add(self, replica: int, reason: str, now: float) -> None:
+        """One more, by a replica."""
         self._metrics.bad_frames.inc()
-        self._bad_frames_unlogged += 1
-        now = self._clock()
-        if now - self._bad_frame_logged_s >= BAD_FRAME_LOG_S:
-            count = self._bad_frames_unlogged
-            logs.warning("bad_frame", replica=replica.index, reason=reason, frames=count)
-            self._bad_frame_logged_s = now
-            self._bad_frames_unlogged = 0
+        self._unlogged += 1
+        if now - self._logged_s >= BAD_FRAME_LOG_S:
+            logs.warning("bad_frame", replica=replica, reason=reason, frames=self._unlogged)
+            self._logged_s = now
+            self._unlogged = 0
+
+
+def _view(r: Replica, table: StreamTable) -> ReplicaView:
+    requests, tokens = table.load(r.index)
+    return ReplicaView(r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits)
+
+
+def _sample(r: Replica, table: StreamTable, now: float) -> ReplicaSample:
+    running = len(table.of_replica(r.index))
+    age_s = now - r.heard_s if running else 0.0
+    block_size = r.limits.block_size if r.limits else 0
+    return ReplicaSample(name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats)
 
 
 def _unavailable(name: str, replicas: list[Replica], now: float) -> Overloaded:

@@ -35,6 +35,7 @@ from router.metrics import Metrics
 from router.notify import Condition, Notifier
 from router.streams import StreamTable
 from router.supervisor import Supervisor
+from router.versions import name_of
 
 Phase = Literal["starting", "ready", "draining", "stopped"]
 
@@ -55,7 +56,7 @@ class Hooks(NamedTuple):
     notifier: Notifier
     dump: Callable[[str], None]  # given the phase
     reopen_logs: Callable[[], None]
-    reload: Callable[[], Awaitable[None]] | None = None
+    reload: Callable[[], Awaitable[object]] | None = None
 
 
 class RunLimits(NamedTuple):
@@ -99,17 +100,24 @@ class Lifecycle:
     @property
     def started(self) -> bool:
         """The first load of every replica is over, and at least one succeeded."""
-        return self._some_ready and len(self._tried) == len(self._fleet.replicas)
+        if self.phase != "starting":
+            return True  # models that come later do not count
+        return self._some_ready and self._tried >= {r.index for r in self._fleet.replicas}
 
     @property
     def ready(self) -> bool:
-        """New requests are welcome: it has `started`, and an engine is ready."""
-        return self.phase == "ready" and any(r.state == "serving" for r in self._fleet.replicas)
+        """New requests are welcome: it has `started`, and an engine is ready or can be woken."""
+        return self.phase == "ready" and any(
+            replica.state == "serving"
+            or (replica.state == "asleep" and self._admission.is_open(replica.model))
+            for replica in self._fleet.replicas
+        )
 
     def _on_change(self, replica: Replica) -> None:
         self._supervisor.changed(replica.index, replica.state, replica.reason)
         self._admission.refresh(replica.model)
-        if all(each.state == "parked" for each in self._fleet.of_model(replica.model)):
+        states = {each.state for each in self._fleet.of_model(replica.model)}
+        if states == {"parked"}:
             # Nobody will serve those who wait, and without a time limit they would wait for ever.
             self._admission.evict(self._fleet.unavailable(replica.model).message, replica.model)
         if replica.state != "starting":
@@ -120,7 +128,7 @@ class Lifecycle:
             logs.info(
                 "engine_ready",
                 replica=replica.index,
-                model=replica.model,
+                model=name_of(replica.model),
                 load_s=round(limits.load_s, 2) if limits else None,
                 weights_bytes=limits.weights_bytes if limits else None,
                 kv_bytes=limits.kv_bytes if limits else None,
@@ -259,10 +267,8 @@ class Lifecycle:
             if hooks.reload is None:
                 continue
             with hooks.notifier.reloading():
-                try:
+                with contextlib.suppress(StartError):  # logged where it was raised
                     await hooks.reload()
-                except StartError as error:
-                    logs.error("reload_refused", reason=error.message)
 
     def _status(self) -> str:
         """One line for the service manager."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import random
 import re
@@ -150,23 +149,6 @@ def engine_environment(environ: Mapping[str, str], *, threads: int, device: str)
     }
 
 
-def plan_threads(cores: int, num_engines: int, wanted: int = 0) -> int:
-    """Compute threads of each engine, so that all of them and the router have a core."""
-    if wanted:
-        return wanted
-    reserved = 1 if cores > 2 else 0
-    return max(1, (cores - reserved) // max(1, num_engines))
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its cgroup (v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores or 1, math.ceil(int(quota) / int(period))))
-    return cores or 1
-
-
 def _oom_kills() -> int:
     """How often the kernel's OOM killer struck on this machine; 0 where it does not tell."""
     with contextlib.suppress(OSError, ValueError):
@@ -278,8 +260,29 @@ async def _process_end(popen: subprocess.Popen[bytes]) -> None:
         os.close(pidfd)
 
 
+class _Keeper:
+    """The task that keeps one replica's process. `is_first`: the router was started with it."""
+
+    def __init__(self, *, is_first: bool) -> None:
+        self.is_first = is_first
+        self.stop = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+
+async def _end(processes: Sequence[EngineProcess], grace_s: float) -> None:
+    """SIGTERM, SIGKILL after `grace_s`. One that even SIGKILL does not end (stuck in a driver) is
+    left after `KILL_S`."""
+    for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_S)):
+        for process in processes:
+            process.send_signal(number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                for process in processes:
+                    await process.gone.wait()
+
+
 class Supervisor:
-    """Keeps one process per spec running until `stop`.
+    """Keeps one process per spec running until it is retired, or all are stopped.
 
     `on_fatal(error)` is called once when the router has to end: a first load failed, or every
     replica is parked.
@@ -294,23 +297,63 @@ class Supervisor:
         on_fatal: Literal["exit", "wait"],
         clock: Callable[[], float],
     ) -> None:
-        self._specs = specs
+        self._specs = dict(enumerate(specs))
         self._engines = engines
         self._metrics = metrics
         self._on_fatal = on_fatal
         self._clock = clock
         self._random = random.Random()
-        self._stopping = asyncio.Event()
+        self._over = asyncio.Event()  # nothing is added any more
+        self._group = asyncio.TaskGroup()
+        self._keepers = {index: _Keeper(is_first=True) for index in self._specs}
         self._processes: dict[int, EngineProcess] = {}
         self._parked: set[int] = set()
+        self._resting: set[int] = set()
         self._loading: dict[str, asyncio.Lock] = {}  # one load at a time on a card
+        self._loaders: dict[str, int] = {}  # who holds that lock
         self.failure: asyncio.Future[StartError] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Returns after `stop`, when no process is left."""
-        async with asyncio.TaskGroup() as group:
-            for index in range(len(self._specs)):
-                group.create_task(self._keep(index), name=f"engine {index}")
+        """Returns after `stop` or a failure, when no process is left."""
+        async with self._group:
+            for index in self._specs:
+                self._begin(index)
+            await self._over.wait()
+
+    def add(self, index: int, spec: EngineSpec) -> None:
+        """One more, or one that rested. It counts its starts from `spec.config.epoch` on.
+
+        That it cannot load is no reason to end the router.
+        """
+        if self._over.is_set():
+            return
+        self._specs[index] = spec
+        self._resting.discard(index)
+        self._keepers[index] = _Keeper(is_first=False)
+        self._begin(index)
+
+    async def retire(self, index: int, grace_s: float, *, for_now: bool = False) -> None:
+        """Ends its process and forgets it; `for_now`: it rests, and will be added again."""
+        (self._resting.add if for_now else self._resting.discard)(index)
+        keeper = self._keepers.get(index)
+        if keeper is None:
+            return
+        keeper.stop.set()
+        process = self._processes.get(index)
+        if process is not None:
+            await _end([process], grace_s)
+        elif keeper.task is not None:
+            keeper.task.cancel()  # it waits for its turn to load
+        if keeper.task is not None:
+            await asyncio.wait([keeper.task])
+        self._keepers.pop(index, None)
+        self._specs.pop(index, None)
+        self._parked.discard(index)
+
+    def _begin(self, index: int) -> None:
+        self._keepers[index].task = self._group.create_task(
+            self._keep(index), name=f"engine {index}"
+        )
 
     def changed(self, index: int, state: ReplicaState, reason: str) -> None:
         """The state of a replica changed: remember its service, kill what was given up."""
@@ -338,22 +381,18 @@ class Supervisor:
 
         A process that even SIGKILL does not end (stuck in a driver) is left after `KILL_S`.
         """
-        self._stopping.set()
-        processes = list(self._processes.values())
-        for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_S)):
-            for process in processes:
-                process.send_signal(number)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(patience_s):
-                    for process in processes:
-                        await process.gone.wait()
+        self._over.set()
+        for keeper in self._keepers.values():
+            keeper.stop.set()
+        await _end(list(self._processes.values()), grace_s)
 
     async def _keep(self, index: int) -> None:
-        spec = self._specs[index]
-        epoch, streak, first_load = 0, 0, True
-        while not self._stopping.is_set():
+        spec, keeper = self._specs[index], self._keepers[index]
+        epoch, streak, first_load = spec.config.epoch, 0, keeper.is_first
+        while not keeper.stop.is_set():
             await self._begin_load(index)
-            if self._stopping.is_set():
+            if keeper.stop.is_set():
+                self._end_load(index)
                 break
             epoch += 1
             try:
@@ -363,7 +402,7 @@ class Supervisor:
             finally:
                 self._end_load(index)
             lost = self._engines.lose(index, sentence(death))
-            if self._stopping.is_set():
+            if keeper.stop.is_set():
                 break
             first_load = first_load and death.served_s == 0
             streak = 1 if death.served_s >= SERVICE_S else streak + 1
@@ -379,7 +418,7 @@ class Supervisor:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(verdict.delay_s):
-                    await self._stopping.wait()
+                    await keeper.stop.wait()
 
     async def _live(self, index: int, epoch: int) -> Death:
         spec = self._specs[index]
@@ -430,25 +469,25 @@ class Supervisor:
     def _give_up(self, index: int, death: Death) -> None:
         self._parked.add(index)
         self._engines.park(index, sentence(death))
-        everything = len(self._parked) == len(self._specs)
-        if (
-            self._on_fatal == "exit"
-            and (death.served_s == 0 or everything)
-            and not self.failure.done()
-        ):
+        everything = len(self._parked) == len(self._specs) and not self._resting
+        never = death.served_s == 0 and self._keepers[index].is_first
+        if self._on_fatal == "exit" and (never or everything) and not self.failure.done():
             name = self._specs[index].model
             what = f"engine {index} ({name}) failed: {sentence(death)}"
             self.failure.set_result(StartError(what, exit_code(death)))
+            self._over.set()
 
     async def _begin_load(self, index: int) -> None:
         device = self._device(index)
         if device:
             await self._loading.setdefault(device, asyncio.Lock()).acquire()
+            self._loaders[device] = index
 
     def _end_load(self, index: int) -> None:
-        lock = self._loading.get(self._device(index))
-        if lock is not None and lock.locked():
-            lock.release()
+        device = self._device(index)
+        if self._loaders.get(device) == index:
+            del self._loaders[device]
+            self._loading[device].release()
 
     def _device(self, index: int) -> str:
         return self._specs[index].environment.get("CUDA_VISIBLE_DEVICES", "")

@@ -54,7 +54,7 @@ class RouterProcess:
             script_path.write_text(json.dumps(script))
             engine = f"{sys.executable} {FAKE_ENGINE} --script {script_path}"
             words += ["--engine-command", engine]
-            if "--models" not in arguments:
+            if not {"--models", "--config"} & set(arguments):
                 words += ["--models", f"tiny={tiny_model(folder)}"]
         environ = {**os.environ, "XDG_RUNTIME_DIR": self._runtime_dir(), **(env or {})}
         if log is not None:

@@ -5,6 +5,7 @@ Owns their JSON. Must not know engines' internals; what it shows it asks for at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Protocol
@@ -46,10 +47,18 @@ class Health(Protocol):
 class Models:
     """GET /v1/models and /v1/models/{id}."""
 
-    def __init__(self, models: ModelTable, flow: Flow, embed_flow: EmbedFlow) -> None:
+    def __init__(
+        self,
+        models: ModelTable,
+        flow: Flow,
+        embed_flow: EmbedFlow,
+        state_of: Callable[[ServedModel], str] | None = None,
+    ) -> None:
+        """`state_of` tells whether a model is loaded, where that can change."""
         self._models = models
         self._flow = flow
         self._embed_flow = embed_flow
+        self._state_of = state_of
 
     async def list(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """All names; several names of one model are several entries."""
@@ -90,6 +99,8 @@ class Models:
                 "embeddings": not model.generates or (limits is not None and limits.size > 0),
             },
         }
+        if self._state_of is not None:
+            entry["state"] = self._state_of(model)
         if limits is not None and limits.size:
             entry["embeddings"] = {
                 "dimensions": limits.size,

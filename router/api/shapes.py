@@ -199,6 +199,50 @@ class ModelEntry(Struct, frozen=True):
     max_model_len: int
     capabilities: dict[str, bool]
     embeddings: dict[str, Any] | UnsetType = UNSET
+    state: str | UnsetType = UNSET
+
+
+class OperatedReplica(Struct, frozen=True):
+    """One engine slot: where it runs, and in which state."""
+
+    index: int
+    device: str
+    state: str
+
+
+class OperatedModel(Struct, frozen=True):
+    """One model for the operator. `needed_bytes` are those of all its engines, as planned."""
+
+    id: str
+    object: Literal["model"]
+    names: list[str]
+    state: Literal["ready", "loading", "unloading", "unloaded", "asleep", "failed"]
+    waiting: int
+    needed_bytes: int
+    replicas: list[OperatedReplica]
+
+
+class OperatedModels(Struct, frozen=True):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[OperatedModel]
+
+
+class ReloadedModel(Struct, frozen=True):
+    """What a reload did to one model."""
+
+    model: str
+    change: Literal["add", "remove", "replace", "rename", "replicas"]
+    detail: str
+
+
+class Reload(Struct, frozen=True):
+    """What a reload did; `limits` as sentences."""
+
+    object: Literal["reload"]
+    models: list[ReloadedModel]
+    limits: list[str]
 
 
 class ModelList(Struct, frozen=True):

@@ -10,7 +10,7 @@ import pytest
 from router.arguments import parse
 from router.cli import main
 from router.errors import StartError
-from router.planning import make_plan, make_specs, served_model
+from router.planning import Site, make_plan, plan_models, served_model
 from router.text.model import load_tokenizer
 from router.text.template import ChatTemplate
 from tests.router_process import tiny_model
@@ -78,9 +78,9 @@ def test_ids_without_text_are_told_to_the_engine(tmp_path: Path, padding: int) -
     settings["vocab_size"] = size + padding
     file.write_text(json.dumps(settings), encoding="utf-8")
     config = parse(["--models", str(model), "--gpus", "cpu", "--load-format", "dummy"], {}).config
-    made = make_plan(config, {})
-    (spec,) = make_specs(config, made, [served_model(config, made, 0)], {}, "ipc:///none")
-    assert spec.config.text_ids == (size if padding else 0)
+    (model_plan,) = plan_models(config, Site({}, "ipc:///none"))
+    (engine,) = model_plan.engines
+    assert engine.spec.config.text_ids == (size if padding else 0)
 
 
 def test_a_chat_format_for_models_without_a_template(tmp_path: Path) -> None:

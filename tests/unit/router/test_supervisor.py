@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig
 from router.errors import StartError
 from router.metrics import Metrics
+from router.planning import plan_threads
 from router.streams import Stream
 from router.supervisor import (
     CRASH_LOOP,
@@ -27,7 +28,6 @@ from router.supervisor import (
     engine_environment,
     exit_code,
     judge,
-    plan_threads,
     sentence,
 )
 from tests.router_process import is_running, until
