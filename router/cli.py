@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from router.flow import Flow
     from router.link import IpcLink
     from router.logs import BackgroundLines, LogFile
-    from router.notify import Notifier
     from router.memory import EnginePlan
+    from router.notify import Notifier
     from router.planning import PlannedModel, Running
     from router.roster import Planner
     from router.sources import ModelSource

@@ -266,9 +266,8 @@ class Lifecycle:
             self._reload.clear()
             if hooks.reload is None:
                 continue
-            with hooks.notifier.reloading():
-                with contextlib.suppress(StartError):  # logged where it was raised
-                    await hooks.reload()
+            with hooks.notifier.reloading(), contextlib.suppress(StartError):  # it was logged
+                await hooks.reload()
 
     def _status(self) -> str:
         """One line for the service manager."""
