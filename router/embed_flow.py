@@ -28,9 +28,10 @@ from router.errors import (
     Quarantined,
     RequestTimeout,
 )
-from router.fleet import Fleet, Replica
+from router.fleet import Fleet
 from router.flow import MAX_DEATHS, MAX_MOVES, Placement, RequestRecord
 from router.metrics import Metrics
+from router.replica import Replica
 from router.streams import Stream, WakeUp
 from router.text.served import ServedModel
 from router.waiting import Alarm, FlowSettings, hold_permit
@@ -174,8 +175,8 @@ class EmbedFlow:
             return False
         if text.lost:
             run.job.record.moves += 1
-            run.moves[text.id] += 1
-            self._metrics.migrated.labels("engine_died" if text.deaths else "given_back").inc()
+            run.moves[text.id] += text.loss != "handed_over"
+            self._metrics.migrated.labels(text.loss).inc()
             if run.moves[text.id] > MAX_MOVES:
                 raise Overloaded("The engines keep giving this request back.")
             text.reopen()

@@ -13,19 +13,24 @@ are behind `EngineLink`, so all of it is tested without either.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Final, Literal, Protocol
 
+import msgspec
+
 from engine import protocol
-from engine.protocol import Finish, FinishReason, Limits, Sampling, Stats
+from engine.protocol import Finish, FinishReason, Limits, Sampling
 from router import logs
 from router.errors import EXIT_CONFIG, Overloaded
 from router.frame_account import FrameAccount
 from router.metrics import Metrics, ReplicaSample
+from router.replica import GONE, Replica, sample, unavailable, view
 from router.streams import (
     SLOW_CLIENT,
+    Casualty,
+    Loss,
+    Remains,
     ReplicaState,
     ReplicaView,
     Stream,
@@ -35,21 +40,7 @@ from router.streams import (
 )
 from router.versions import name_of
 
-FIRST_FRAME_LIMIT_S: Final = 600.0  # imports on a slow disk; exit and end-of-file come at once
-BUSY_FACTOR: Final = 10.0  # an announced silence may take this much longer than announced
 BAD_FRAME_LOG_S: Final = 60.0
-
-ADVICE: Final[dict[ReplicaState, str]] = {
-    "starting": "it is still loading, try again soon",
-    "serving": "try again",
-    "draining": "the server is stopping",
-    "hung": "its engine made no progress and is being restarted, try again soon",
-    "dead": "its engine is being restarted, try again soon",
-    "parked": "its engine failed repeatedly and needs the operator",
-    "asleep": "it has no engine at the moment, try again soon",
-}
-
-GONE: Final = ("hung", "dead", "parked")  # states without an engine that works
 
 SendResult = Literal["sent", "full", "gone"]
 
@@ -76,57 +67,6 @@ class Orders(Protocol):
 
 
 VocabularyOf = Callable[[str, int, int], protocol.Vocabulary]  # of model, number of ids, epoch
-
-
-class Replica:
-    """One engine slot. Only the fleet changes it."""
-
-    def __init__(self, index: int, model: str) -> None:
-        self.index = index
-        self.model = model
-        self.state: ReplicaState = "dead"  # not started yet
-        self.since_s = 0.0
-        self.epoch = 0
-        self.identity = b""
-        self.limits: Limits | None = None
-        self.stats = Stats()
-        self.submitted = 0
-        self.knows_vocabulary = False  # told to this epoch
-        self.heard_s = 0.0  # last frame of this epoch, or the moment its work began
-        self.patience_s = 0.0  # how long it may be silent beyond the usual, as announced
-        self.ping_n = 0
-        self.ping_s: float | None = None  # when the oldest unanswered ping was sent
-        self.outbox: deque[bytes] = deque()  # frames that found the socket full
-        self.frames = FrameAccount()
-        self.fatal: tuple[str, int] | None = None  # its own last words
-        self.reason = "not started"
-
-    def begin(self, epoch: int, identity: bytes, now: float) -> None:
-        """A new process: nothing holds any more that was known of the one before."""
-        self.epoch = epoch
-        self.identity = identity
-        self.stats = Stats()
-        self.fatal = None
-        self.knows_vocabulary = False
-        self.outbox.clear()
-        self.ping_s = None
-        self.heard_s = now
-        self.patience_s = FIRST_FRAME_LIMIT_S
-
-    def announce(self, silence_s: float) -> None:
-        """It will not be heard of for about so long."""
-        least_s = FIRST_FRAME_LIMIT_S if self.state == "starting" else 0.0
-        self.patience_s = max(max(0.0, silence_s) * BUSY_FACTOR, least_s)
-
-    def owes_since_s(self, works: bool) -> float | None:
-        """Since when a sign of life is due; None if none is."""
-        return self.heard_s if works or self.state == "starting" else self.ping_s
-
-    def wants_ping(self, works: bool, now: float, hang_timeout_s: float) -> bool:
-        """It is idle, and was long enough without being asked how it is."""
-        if works or self.state != "serving" or self.ping_s is not None:
-            return False
-        return now - self.heard_s >= min(5.0, hang_timeout_s / 4)
 
 
 class Fleet:
@@ -179,7 +119,7 @@ class Fleet:
 
     def views(self, model: str) -> list[ReplicaView]:
         """The model's replicas now, as values to choose from."""
-        return [_view(replica, self._table) for replica in self.of_model(model)]
+        return [view(replica, self._table) for replica in self.of_model(model)]
 
     def serving_count(self, model: str) -> int:
         """How many replicas of it may be given work."""
@@ -188,11 +128,11 @@ class Fleet:
     def samples(self) -> list[ReplicaSample]:
         """Numbers for a scrape."""
         now = self._clock()
-        return [_sample(replica, self._table, now) for replica in self._replicas.values()]
+        return [sample(replica, self._table, now) for replica in self._replicas.values()]
 
     def unavailable(self, model: str) -> Overloaded:
         """The answer while no replica is ready: which model, in which state, since when."""
-        return _unavailable(name_of(model), self.of_model(model), self._clock())
+        return unavailable(name_of(model), self.of_model(model), self._clock())
 
     # -- the life of a replica
 
@@ -220,16 +160,18 @@ class Fleet:
         self._change(self._replicas[index], "starting", "")
 
     def hand_over(self, index: int, reason: str) -> None:
-        """No new work for it; its streams are taken away and end as lost, without a death."""
+        """No new work for it; its streams are taken away and end as lost, without a death.
+
+        This epoch takes no work any more: what it still says of the streams is ignored, and none
+        of them can come back to it while it still works on them under the same id.
+        """
         replica = self._replicas[index]
-        streams = list(self._table.of_replica(index).values())
-        if streams and replica.state in ("serving", "draining"):
-            self._post(replica, protocol.Abort(replica.epoch, tuple(s.id for s in streams)))
         if replica.state in ("starting", "serving"):
             self._change(replica, "draining", reason)
-        for stream in streams:
-            self._table.release(stream)
-            stream.end(Finish(stream.id, "abort", f"handed over: {reason}"), lost=True)
+        end = Finish(0, "abort", f"handed over: {reason}")
+        taken = self._take_away(replica, end, "handed_over")
+        if taken and replica.state == "draining":
+            self._post(replica, protocol.Abort(replica.epoch, tuple(s.id for s in taken)))
 
     def start(self, index: int, epoch: int, identity: bytes) -> None:
         """A process was started for it. What an earlier epoch says is stale from now on."""
@@ -244,23 +186,30 @@ class Fleet:
         replica = self._replicas[index]
         self._of_identity.pop(replica.identity, None)
         replica.outbox.clear()
-        lost = list(self._table.of_replica(index).values())
-        gone = replica.state in GONE or replica.state == "asleep"
-        if not gone or (replica.state == "hung" and not hung):
+        if replica.state not in GONE or (replica.state == "hung" and not hung):
             self._change(replica, "hung" if hung else "dead", reason)
+        lost = self._take_away(replica, Finish(0, "error", f"engine lost: {reason}"), "engine_died")
         for stream in lost:
             stream.deaths += 1
-            self._table.release(stream)
-            stream.end(Finish(stream.id, "error", f"engine lost: {reason}"), lost=True)
+            replica.casualties.append(Casualty(stream.request_id, stream.silent))
         return lost
+
+    def _take_away(self, replica: Replica, finish: Finish, loss: Loss) -> list[Stream]:
+        """All that it works on, ended as lost."""
+        streams = list(self._table.of_replica(replica.index).values())
+        for stream in streams:
+            self._table.release(stream)
+            stream.end(msgspec.structs.replace(finish, id=stream.id), loss=loss)
+        return streams
 
     def park(self, index: int, reason: str) -> None:
         """It is not started again by itself."""
         self._change(self._replicas[index], "parked", reason)
 
-    def last_words(self, index: int) -> tuple[str, int] | None:
-        """(reason, exit code) that its engine announced, if it did."""
-        return self._replicas[index].fatal
+    def remains(self, index: int) -> Remains:
+        """What its engine, which is gone, has left."""
+        r = self._replicas[index]
+        return Remains(r.fatal, r.stats, r.heard_s, tuple(r.casualties))
 
     def drain(self) -> None:
         """All engines finish what they have; no replica takes new work."""
@@ -384,28 +333,15 @@ class Fleet:
                 return
             replica.heard_s = self._clock()
             replica.ping_s = None
-            if isinstance(message, protocol.StepOutput):
-                self._on_step(replica, message)
-            else:
-                self._on_other(replica, message)
+            match message:
+                case protocol.StepOutput():
+                    self._on_step(replica, message)
+                case protocol.Ready(version=version, limits=limits):
+                    self._on_ready(replica, version, limits)
+                case _:
+                    replica.hear(message)
         except protocol.BadFrame as error:
             self._bad_frames.add(replica.index, str(error), self._clock())
-
-    def _on_other(
-        self,
-        replica: Replica,
-        message: protocol.Ready | protocol.Pong | protocol.Busy | protocol.Fatal,
-    ) -> None:
-        match message:
-            case protocol.Ready(version=version, limits=limits):
-                self._on_ready(replica, version, limits)
-            case protocol.Pong(stats=stats):
-                replica.stats = stats
-                replica.patience_s = 0.0
-            case protocol.Busy(expected_s=expected_s):
-                replica.announce(expected_s)
-            case protocol.Fatal(reason=reason, code=code):
-                replica.fatal = (reason, code)
 
     def _on_ready(self, replica: Replica, version: int, limits: Limits) -> None:
         if version != protocol.PROTOCOL_VERSION:
@@ -432,7 +368,7 @@ class Fleet:
                 continue  # ended or given up: what still comes is ignored
             self._table.release(ended)
             # An abort that we did not ask for: the engine drains, others may go on.
-            ended.end(finish, lost=finish.reason == "abort")
+            ended.end(finish, loss="given_back" if finish.reason == "abort" else None)
 
 
 class _BadFrames:
@@ -451,44 +387,6 @@ class _BadFrames:
             logs.warning("bad_frame", replica=replica, reason=reason, frames=self._unlogged)
             self._logged_s = now
             self._unlogged = 0
-
-
-def _view(r: Replica, table: StreamTable) -> ReplicaView:
-    requests, tokens = table.load(r.index)
-    return ReplicaView(r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits)
-
-
-def _sample(r: Replica, table: StreamTable, now: float) -> ReplicaSample:
-    running = len(table.of_replica(r.index))
-    age_s = now - r.heard_s if running else 0.0
-    block_size = r.limits.block_size if r.limits else 0
-    return ReplicaSample(name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats)
-
-
-def _unavailable(name: str, replicas: list[Replica], now: float) -> Overloaded:
-    best = min(replicas, key=lambda replica: replica.state == "parked", default=None)
-    if best is None:
-        return Overloaded(f"Model '{name}' was exchanged or removed.", retry_after_s=2)
-    since_s = max(0.0, now - best.since_s)
-    return Overloaded(
-        f"Model '{name}' is {best.state} since {since_s:.0f} s: {ADVICE[best.state]}.",
-        retry_after_s=30 if best.state == "parked" else 2,
-    )
-
-
-def _view(r: Replica, table: StreamTable) -> ReplicaView:
-    requests, tokens = table.load(r.index)
-    is_behind = bool(r.outbox)
-    return ReplicaView(
-        r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits, is_behind
-    )
-
-
-def _sample(r: Replica, table: StreamTable, now: float) -> ReplicaSample:
-    running = len(table.of_replica(r.index))
-    age_s = now - r.heard_s if running else 0.0
-    block_size = r.limits.block_size if r.limits else 0
-    return ReplicaSample(name_of(r.model), r.index, r.state, running, age_s, block_size, r.stats)
 
 
 def _read(replica: Replica, frame: bytes, metrics: Metrics) -> protocol.ToRouter:

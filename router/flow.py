@@ -29,8 +29,9 @@ from router.errors import (
     RequestTimeout,
     SlowClient,
 )
-from router.fleet import GONE, Fleet, Replica
+from router.fleet import Fleet
 from router.metrics import Metrics, ModelMetrics
+from router.replica import GONE, Replica
 from router.streams import SLOW_CLIENT, Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
 from router.text.served import ServedModel
@@ -306,8 +307,8 @@ class Flow:
 
     def _count_move(self, record: RequestRecord, choice: _Choice) -> None:
         record.moves += 1
-        choice.moves += 1
-        self._metrics.migrated.labels("engine_died" if choice.stream.deaths else "given_back").inc()
+        choice.moves += choice.stream.loss != "handed_over"  # that one is the operator's doing
+        self._metrics.migrated.labels(choice.stream.loss).inc()
         if choice.moves > MAX_MOVES:
             raise Overloaded("The engines keep giving this request back.")
 

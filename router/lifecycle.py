@@ -29,10 +29,11 @@ from router import logs, signals
 from router.acceptor import HTTP_GRACE_S, HttpServer, url_of
 from router.admission import Admission
 from router.errors import EXIT_OK, StartError
-from router.fleet import Fleet, Replica
+from router.fleet import Fleet
 from router.link import IpcLink
 from router.metrics import Metrics
 from router.notify import Condition, Notifier
+from router.replica import Replica
 from router.streams import StreamTable
 from router.supervisor import Supervisor
 from router.versions import name_of

@@ -21,12 +21,13 @@ from engine.config import EngineConfig, QuantName
 from router.config import Placement, RouterConfig, place
 from router.devices import Card, choose_devices, engine_sizes, find_cards, free_bytes_of
 from router.downloads.hubs import hubs_of
+from router.engine_process import EngineSpec
 from router.errors import EXIT_CONFIG, EXIT_USAGE, StartError
 from router.memory import Demand, EnginePlan, free_memory_bytes
 from router.memory import plan as plan_memory
 from router.reload import Wanted, text_options
 from router.sources import Access, ModelSource, resolve
-from router.supervisor import EngineSpec, engine_environment
+from router.supervisor import engine_environment
 from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.pooling import load_pooling
 from router.text.served import ServedModel

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
@@ -21,13 +21,13 @@ import msgspec
 from router import logs
 from router.admission import Admission, Gate, Refusal
 from router.config import LimitConfig, RouterConfig
+from router.engine_process import EngineSpec
 from router.errors import EXIT_FATAL, EXIT_NO_MEMORY, ModelUnloaded, StartError
 from router.fleet import Fleet
 from router.idle import Use, next_step
 from router.memory import EnginePlan
 from router.planning import PlannedEngine, PlannedModel, Running
 from router.streams import ReplicaState, StreamTable
-from router.supervisor import EngineSpec
 from router.text.served import ModelTable, ServedModel
 
 TICK_S: Final = 0.05
@@ -74,12 +74,15 @@ class Works:
     gates: Callable[[ServedModel], tuple[Gate, Gate | None]]
 
 
+ReplicaView = tuple[int, str, ReplicaState]  # index, device, state
+
+
 class ModelView(NamedTuple):
     """One model at one moment, for the operator."""
 
     names: tuple[str, ...]
     state: ModelState
-    replicas: tuple[tuple[int, str, ReplicaState], ...]  # index, device, state
+    replicas: tuple[ReplicaView, ...]
     needed_bytes: int  # of all its engines, as planned
     waiting: int
 
@@ -147,14 +150,14 @@ class Roster:
 
     def view(self, entry: Entry) -> ModelView:
         """As of now."""
-        states = self.states(entry)
-        replicas = tuple(
-            (index, engine.device, state)
-            for (index, engine), state in zip(entry.engines.items(), states, strict=True)
-        )
+        replicas = tuple(self._replica_views(entry))
         needed = sum(engine.plan.total_bytes for engine in entry.engines.values())
         waiting = self._works.admission.waiting(entry.key)
         return ModelView(entry.served.names, self.state(entry), replicas, needed, waiting)
+
+    def _replica_views(self, entry: Entry) -> Iterator[ReplicaView]:
+        for index, engine in entry.engines.items():
+            yield index, engine.device, self._works.fleet.replica(index).state
 
     def state(self, entry: Entry) -> ModelState:
         """What its engines and the operator's wish come to."""
@@ -391,7 +394,7 @@ class Roster:
 
 
 @contextlib.contextmanager
-def held(entry: Entry) -> Iterator[None]:
+def held(entry: Entry) -> Generator[None]:
     """The idle rule leaves it alone meanwhile."""
     entry.busy = True
     try:

@@ -21,6 +21,7 @@ from engine.protocol import (
     Limits,
     Logprobs,
     Pooling,
+    Stats,
     StepOutput,
     unpack_floats,
     unpack_tokens,
@@ -32,6 +33,11 @@ LOGPROB_BYTES: Final = 120  # one token's or one rival's, as a tuple
 SLOW_CLIENT: Final = "slow_client"  # detail of the end of a stream whose reader fell behind
 
 ReplicaState = Literal["starting", "serving", "draining", "hung", "dead", "parked", "asleep"]
+
+
+# Why an engine works no longer on a stream that goes on: it died, it gave it back, or it was asked
+# to (a drain, a restart): that one is nobody's fault.
+Loss = Literal["engine_died", "given_back", "handed_over"]
 
 
 class ReplicaView(NamedTuple):
@@ -52,6 +58,22 @@ class ReplicaView(NamedTuple):
         return self.state == "serving" and not self.is_behind
 
 
+class Casualty(NamedTuple):
+    """A sequence that an engine worked on when it died; `silent`: it had given it no token yet."""
+
+    request_id: str
+    silent: bool
+
+
+class Remains(NamedTuple):
+    """What is known of an engine's last moments."""
+
+    words: tuple[str, int] | None  # (reason, exit code) that it announced itself
+    stats: Stats
+    heard_s: float  # its last message, of the monotonic clock
+    casualties: tuple[Casualty, ...]
+
+
 class TokenLogprob(NamedTuple):
     """Log-probability of one token, and of its best rivals as (token id, logprob), best first."""
 
@@ -64,7 +86,8 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
 
     `logprobs` is parallel to `tokens` (None if the engine sent none); `prompt_logprobs[i]` belongs
     to the next prompt token not yet told of, the first one being position 1.
-    `lost` says that `finish` was put there because the engine died: the stream may be reopened.
+    `lost` says that `finish` is not the sequence's, but that of the engine's work on it: the stream
+    may be reopened.
     """
 
     tokens: list[int]
@@ -123,8 +146,9 @@ class Stream:
         "embedding",
         "finish",
         "first_token_s",
+        "given_tokens",
         "id",
-        "lost",
+        "loss",
         "max_new",
         "pooling",
         "prompt",
@@ -146,7 +170,8 @@ class Stream:
         self.cached_tokens = 0  # of the prompt, at the first start
         self.replica: int | None = None  # who works on it now
         self.finish: Finish | None = None
-        self.lost = False
+        self.loss: Loss | None = None
+        self.given_tokens = 0  # of `tokens`, those that its engine was given, not made by it
         self.deaths = 0  # engines that died while working on it
         self.request_id = ""  # the request's name in logs and crash reports
         self.submitted_s: float | None = None
@@ -173,6 +198,16 @@ class Stream:
         """
         num_told = len(self._logprobs) + self._num_rivals
         return (len(self.tokens) - self._taken) * TOKEN_BYTES + num_told * LOGPROB_BYTES
+
+    @property
+    def lost(self) -> bool:
+        """Its engine is gone, it may go on elsewhere."""
+        return self.loss is not None
+
+    @property
+    def silent(self) -> bool:
+        """The engine that works on it, or did last, has given it no token."""
+        return len(self.tokens) == self.given_tokens
 
     def append(self, tokens: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
         """The engine generated `tokens`. Ignored after the end.
@@ -213,12 +248,12 @@ class Stream:
             self._prompt_logprobs += logprobs[known - start :]
             self._event.set()
 
-    def end(self, finish: Finish, *, lost: bool = False) -> None:
-        """The one end. A second one is ignored. `lost`: the engine is gone, not the sequence."""
+    def end(self, finish: Finish, *, loss: Loss | None = None) -> None:
+        """The one end; a second one is ignored. With `loss` it may be reopened elsewhere."""
         if self.finish is not None:
             return
         self.finish = finish
-        self.lost = lost
+        self.loss = loss
         self._event.set()
 
     def reopen(self) -> None:
@@ -226,7 +261,7 @@ class Stream:
         if not self.lost:
             raise ValueError(f"stream {self.id} is not lost")
         self.finish = None
-        self.lost = False
+        self.loss = None
 
     def wake(self) -> None:
         """Its reader looks again, though nothing came."""
@@ -283,6 +318,7 @@ class StreamTable:
         """`replica` works on it from now on."""
         self.release(stream)
         stream.replica = replica
+        stream.given_tokens = len(stream.tokens)
         self._of_replica.setdefault(replica, {})[stream.id] = stream
 
     def release(self, stream: Stream) -> None:

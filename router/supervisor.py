@@ -1,41 +1,40 @@
 """The engine processes: start, watch, restart with back-off, report each crash once, stop.
 
-Owns the processes and their standard streams. Must not know messages, HTTP or models: what it
-learns (a process started, a process gone) it tells the `Engines`, which own the replica states.
-
-Each engine is a fresh interpreter in a session of its own. Its standard input is a pipe whose only
-writer is the router: one line of configuration, and its end-of-file means that the router is gone.
+Owns which process belongs to which replica, and what each replica's processes have come to. Must
+not know messages, HTTP or models: what it learns (a process started, a process gone) it tells the
+`Engines`, which own the replica states. How an end is judged is in `crash`, one process in
+`engine_process`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import re
-import signal
-import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from engine.config import EngineConfig, encode_config
 from router import logs
-from router.errors import EXIT_CONFIG, EXIT_FATAL, EXIT_NO_MEMORY, StartError
+from router.crash import (
+    SERVICE_S,
+    CrashReport,
+    Death,
+    exit_code,
+    judge,
+    report,
+    sentence,
+)
+from router.engine_process import EngineProcess, EngineSpec, end_all, oom_kills
+from router.errors import EXIT_CONFIG, StartError
 from router.metrics import Metrics
-from router.streams import ReplicaState, Stream
+from router.streams import Remains, ReplicaState, Stream
 
-TAIL_LINES: Final = 40
-LINE_CHARS: Final = 4000
-CRASH_LOOP: Final = 5  # crashes in a row without SERVICE_S of service
-SERVICE_S: Final = 60.0
-FIRST_DELAY_S, LONGEST_DELAY_S, JITTER = 0.5, 30.0, 0.2
-KILL_S: Final = 2.0
-OOM_SCORE_ADJ: Final = 500  # beyond the router's own: the kernel takes an engine, not the router
+GRACE_S: Final = 5.0  # between SIGTERM and SIGKILL
+KEPT_REPORTS: Final = 5  # of each replica
 
 # What an engine may know of our environment: where things are, never a key, a token or a proxy.
 ENVIRONMENT: Final = re.compile(
@@ -48,87 +47,14 @@ ENVIRONMENT: Final = re.compile(
 )
 
 
-class EngineSpec(NamedTuple):
-    """How to start one replica; `config.epoch` is filled in at each start."""
-
-    model: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    config: EngineConfig
-
-
 class Engines(Protocol):
     """Who owns the replica states."""
 
     def start(self, index: int, epoch: int, identity: bytes) -> None: ...
     def lose(self, index: int, reason: str) -> list[Stream]: ...
     def park(self, index: int, reason: str) -> None: ...
-    def last_words(self, index: int) -> tuple[str, int] | None: ...
-
-
-class Death(NamedTuple):
-    """How a process ended. `code` as in subprocess: negative is the signal's number."""
-
-    code: int
-    served_s: float  # 0 if it never became ready
-    condemned: str  # why we killed it, or ""
-    out_of_memory: bool  # the kernel's OOM killer struck meanwhile
-    last_words: tuple[str, int] | None
-    tail: tuple[str, ...]
-
-
-class Verdict(NamedTuple):
-    """What follows a crash: another start after `delay_s`, or the end."""
-
-    action: Literal["restart", "park", "exit"]
-    delay_s: float = 0.0
-
-
-def judge(streak: int, *, first_load: bool, on_fatal: str, jitter: float) -> Verdict:
-    """`streak` counts crashes in a row without `SERVICE_S` of service; `jitter` is in [-1, 1]."""
-    if first_load and on_fatal == "exit":
-        return Verdict("exit")
-    if streak >= CRASH_LOOP:
-        return Verdict("park")
-    delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** max(0, streak - 1))
-    return Verdict("restart", delay_s * (1 + JITTER * jitter))
-
-
-def cause(death: Death) -> str:
-    """One word for metrics and logs."""
-    if death.condemned:
-        return "hang" if death.condemned.startswith("no progress") else "condemned"
-    if death.out_of_memory and death.code == -signal.SIGKILL:
-        return "out_of_memory"
-    return "signal" if death.code < 0 else "exit"
-
-
-def sentence(death: Death) -> str:
-    """For people: why it ended, in its own words if it had any."""
-    if death.condemned:
-        return f"killed: {death.condemned}"
-    if death.out_of_memory and death.code == -signal.SIGKILL:
-        return "killed by the kernel, out of memory"
-    how = _signal_name(-death.code) if death.code < 0 else f"exit code {death.code}"
-    words = death.last_words[0] if death.last_words else ""
-    if not words and death.code > 0:
-        words = next((line for line in reversed(death.tail) if line.strip()), "")
-    return f"{words} ({how})" if words else how
-
-
-def exit_code(death: Death) -> int:
-    """The router's own exit code if this death ends it."""
-    codes = (EXIT_FATAL, EXIT_NO_MEMORY, EXIT_CONFIG)
-    if death.code in codes:
-        return death.code
-    return EXIT_NO_MEMORY if cause(death) == "out_of_memory" else EXIT_FATAL
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    def rouse(self, index: int) -> None: ...
+    def remains(self, index: int) -> Remains: ...
 
 
 def engine_environment(environ: Mapping[str, str], *, threads: int, device: str) -> dict[str, str]:
@@ -149,143 +75,56 @@ def engine_environment(environ: Mapping[str, str], *, threads: int, device: str)
     }
 
 
-def _oom_kills() -> int:
-    """How often the kernel's OOM killer struck on this machine; 0 where it does not tell."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-    return 0
+Wish = Literal["run", "park", "end"]
 
 
-class EngineProcess:
-    """One running engine. Created by `launch`; `exited` must be awaited, which also reaps it."""
+class Life(NamedTuple):
+    """What a replica's processes have come to. `pid` is None while there is none."""
 
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        self.popen = popen
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.condemned = ""
-        self.ready_s: float | None = None
-        self.gone = asyncio.Event()
-        self.oom_kills_before = _oom_kills()
-
-    @staticmethod
-    def launch(spec: EngineSpec, epoch: int) -> EngineProcess:
-        """Raises OSError when the command cannot be run."""
-        process = EngineProcess(
-            subprocess.Popen(
-                spec.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(spec.environment),
-                start_new_session=True,
-                bufsize=0,
-            )
-        )
-        with contextlib.suppress(OSError):  # it may be gone already; that is seen by `exited`
-            own = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
-            score = str(min(1000, own + OOM_SCORE_ADJ))
-            Path(f"/proc/{process.popen.pid}/oom_score_adj").write_text(score, encoding="ascii")
-        with contextlib.suppress(OSError):
-            assert process.popen.stdin is not None
-            process.popen.stdin.write(
-                encode_config(msgspec.structs.replace(spec.config, epoch=epoch))
-            )
-        return process
-
-    def send_signal(self, number: int) -> None:
-        """To the engine and whatever it started; not once it is gone."""
-        if not self.gone.is_set():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.popen.pid, number)
-
-    def condemn(self, reason: str) -> None:
-        """Kill it because of `reason`."""
-        self.condemned = self.condemned or reason
-        self.send_signal(signal.SIGKILL)
-
-    async def exited(self) -> int:
-        """Waits for the end, kills what it left behind, reaps it; returns the code."""
-        await _process_end(self.popen)
-        self.send_signal(signal.SIGKILL)  # its children: the group lives as long as it is unreaped
-        self.gone.set()
-        code = self.popen.wait()
-        if self.popen.stdin is not None:
-            self.popen.stdin.close()
-        return code
-
-    async def relay(self, sink: Callable[[str], None]) -> None:
-        """Passes its output on, line by line, and remembers the last ones."""
-        output = self.popen.stdout
-        assert output is not None
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
-        transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), output
-        )
-        rest = b""
-        try:
-            while data := await reader.read(65536):
-                *lines, rest = (rest + data).split(b"\n")
-                if len(rest) > LINE_CHARS:
-                    lines, rest = [*lines, rest], b""
-                for line in lines:
-                    self._line(line, sink)
-            if rest:
-                self._line(rest, sink)
-        finally:
-            transport.close()
-
-    def _line(self, line: bytes, sink: Callable[[str], None]) -> None:
-        text = line[:LINE_CHARS].decode("utf-8", "replace").rstrip()
-        self.tail.append(text)
-        sink(text)
-
-
-async def _process_end(popen: subprocess.Popen[bytes]) -> None:
-    """Returns when the process has ended, without reaping it."""
-    if not hasattr(os, "pidfd_open"):
-        await asyncio.to_thread(os.waitid, os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT)
-        return
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    pidfd = os.pidfd_open(popen.pid)
-    loop.add_reader(pidfd, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
+    pid: int | None = None
+    device: str = ""
+    restarts: int = 0
+    crashes_in_a_row: int = 0
+    crashes: tuple[CrashReport, ...] = ()  # the latest ones, oldest first
 
 
 class _Keeper:
-    """The task that keeps one replica's process. `is_first`: the router was started with it."""
+    """One replica's processes, and what is wanted of them.
 
-    def __init__(self, *, is_first: bool) -> None:
+    `is_first`: the router was started with it, so that it ends with a load that fails.
+    """
+
+    def __init__(self, spec: EngineSpec, *, is_first: bool) -> None:
+        self.spec = spec
         self.is_first = is_first
-        self.stop = asyncio.Event()
+        self.epoch = spec.config.epoch
+        self.starts = 0
+        self.streak = 0  # crashes without SERVICE_S of service in between
+        self.has_served = False
+        self.crashes: deque[CrashReport] = deque(maxlen=KEPT_REPORTS)
+        self.wish: Wish = "run"
+        self.reason = ""  # of the wish
+        self.asked = asyncio.Event()  # since the last start: its end is no crash then
+        self.process: EngineProcess | None = None
         self.task: asyncio.Task[None] | None = None
 
+    @property
+    def device(self) -> str:
+        """The card it may see, empty for the CPU."""
+        return self.spec.environment.get("CUDA_VISIBLE_DEVICES", "")
 
-async def _end(processes: Sequence[EngineProcess], grace_s: float) -> None:
-    """SIGTERM, SIGKILL after `grace_s`. One that even SIGKILL does not end (stuck in a driver) is
-    left after `KILL_S`."""
-    for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_S)):
-        for process in processes:
-            process.send_signal(number)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
-                for process in processes:
-                    await process.gone.wait()
+    def ask(self, wish: Wish, reason: str) -> None:
+        """From now on this is wanted."""
+        self.wish = wish
+        self.reason = reason
+        self.asked.set()
 
 
 class Supervisor:
-    """Keeps one process per spec running until it is retired, or all are stopped.
+    """Keeps one process per replica running until it is parked or retired, or all are stopped.
 
-    `on_fatal(error)` is called once when the router has to end: a first load failed, or every
-    replica is parked.
+    `failure` is set once when the router has to end: a first load failed, or every replica is
+    parked.
     """
 
     def __init__(
@@ -297,7 +136,7 @@ class Supervisor:
         on_fatal: Literal["exit", "wait"],
         clock: Callable[[], float],
     ) -> None:
-        self._specs = dict(enumerate(specs))
+        """Replica i is started as specs[i] says."""
         self._engines = engines
         self._metrics = metrics
         self._on_fatal = on_fatal
@@ -305,20 +144,30 @@ class Supervisor:
         self._random = random.Random()
         self._over = asyncio.Event()  # nothing is added any more
         self._group = asyncio.TaskGroup()
-        self._keepers = {index: _Keeper(is_first=True) for index in self._specs}
-        self._processes: dict[int, EngineProcess] = {}
-        self._parked: set[int] = set()
+        self._keepers = {i: _Keeper(spec, is_first=True) for i, spec in enumerate(specs)}
         self._resting: set[int] = set()
         self._loading: dict[str, asyncio.Lock] = {}  # one load at a time on a card
         self._loaders: dict[str, int] = {}  # who holds that lock
         self.failure: asyncio.Future[StartError] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Returns after `stop` or a failure, when no process is left."""
+        """Returns after `stop`, when no process is left."""
         async with self._group:
-            for index in self._specs:
+            for index in self._keepers:
                 self._begin(index)
             await self._over.wait()
+
+    def life(self, index: int) -> Life:
+        """What is known of its processes; nothing of one that rests."""
+        keeper = self._keepers.get(index)
+        if keeper is None:
+            return Life()
+        pid = None if keeper.process is None else keeper.process.popen.pid
+        restarts = max(0, keeper.starts - 1)
+        device = keeper.device or "cpu"
+        return Life(pid, device, restarts, keeper.streak, tuple(keeper.crashes))
+
+    # -- what is wanted
 
     def add(self, index: int, spec: EngineSpec) -> None:
         """One more, or one that rested. It counts its starts from `spec.config.epoch` on.
@@ -327,9 +176,8 @@ class Supervisor:
         """
         if self._over.is_set():
             return
-        self._specs[index] = spec
         self._resting.discard(index)
-        self._keepers[index] = _Keeper(is_first=False)
+        self._keepers[index] = _Keeper(spec, is_first=False)
         self._begin(index)
 
     async def retire(self, index: int, grace_s: float, *, for_now: bool = False) -> None:
@@ -338,159 +186,181 @@ class Supervisor:
         keeper = self._keepers.get(index)
         if keeper is None:
             return
-        keeper.stop.set()
-        process = self._processes.get(index)
-        if process is not None:
-            await _end([process], grace_s)
+        keeper.ask("end", "it is not needed any more")
+        if keeper.process is not None:
+            await end_all([keeper.process], grace_s)
         elif keeper.task is not None:
-            keeper.task.cancel()  # it waits for its turn to load
+            keeper.task.cancel()  # it waits for its turn to load, or is parked
         if keeper.task is not None:
             await asyncio.wait([keeper.task])
         self._keepers.pop(index, None)
-        self._specs.pop(index, None)
-        self._parked.discard(index)
 
-    def _begin(self, index: int) -> None:
-        self._keepers[index].task = self._group.create_task(
-            self._keep(index), name=f"engine {index}"
-        )
+    def restart(self, index: int, reason: str = "a restart was asked for") -> None:
+        """A new process in place of the one it has (SIGTERM, SIGKILL after `GRACE_S`).
+
+        One that waits after a crash, or is parked, starts at once; earlier crashes are forgiven.
+        Raises KeyError for one that is not kept.
+        """
+        self._ask(index, "run", reason)
+        self._keepers[index].streak = 0
+
+    def park(self, index: int, reason: str) -> None:
+        """Its process ends, and none is started until `restart`. Raises KeyError as that."""
+        self._ask(index, "park", reason)
+
+    def _ask(self, index: int, wish: Wish, reason: str) -> None:
+        keeper = self._keepers[index]
+        if self._over.is_set() or keeper.wish == "end":
+            return
+        keeper.ask(wish, reason)
+        if keeper.process is not None:
+            self._group.create_task(end_all([keeper.process], GRACE_S), name=f"end {index}")
 
     def changed(self, index: int, state: ReplicaState, reason: str) -> None:
         """The state of a replica changed: remember its service, kill what was given up."""
-        process = self._processes.get(index)
-        if process is None:
+        keeper = self._keepers.get(index)
+        if keeper is None or keeper.process is None:
             return
         if state == "serving":
-            process.ready_s = self._clock()
+            keeper.process.ready_s = self._clock()
             self._end_load(index)
-        elif state in ("hung", "dead") and not process.gone.is_set():
-            process.condemn(reason)
+        elif state in ("hung", "dead") and not keeper.process.gone.is_set():
+            keeper.process.condemn(reason)
 
     @property
     def pids(self) -> dict[int, int]:
         """The process of each replica that has one now."""
-        return {index: process.popen.pid for index, process in self._processes.items()}
+        return {i: each.process.popen.pid for i, each in self._keepers.items() if each.process}
 
     def signal_all(self, number: int) -> None:
         """One signal to every engine; also safe within a signal handler."""
-        for process in list(self._processes.values()):
-            process.send_signal(number)
+        for keeper in list(self._keepers.values()):
+            if keeper.process is not None:
+                keeper.process.send_signal(number)
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM to all, SIGKILL after `grace_s`. Returns when all are gone.
 
-        A process that even SIGKILL does not end (stuck in a driver) is left after `KILL_S`.
+        A process that even SIGKILL does not end (stuck in a driver) is given up: nobody waits for
+        it any more.
         """
         self._over.set()
         for keeper in self._keepers.values():
-            keeper.stop.set()
-        await _end(list(self._processes.values()), grace_s)
+            keeper.ask("end", "the server is stopping")
+        await end_all([k.process for k in self._keepers.values() if k.process], grace_s)
+        for keeper in self._keepers.values():
+            if keeper.task and keeper.process and not keeper.process.gone.is_set():
+                keeper.task.cancel()
 
-    async def _keep(self, index: int) -> None:
-        spec, keeper = self._specs[index], self._keepers[index]
-        epoch, streak, first_load = spec.config.epoch, 0, keeper.is_first
-        while not keeper.stop.is_set():
+    # -- one replica
+
+    def _begin(self, index: int) -> None:
+        keeper = self._keepers[index]
+        keeper.task = self._group.create_task(self._keep(index, keeper), name=f"engine {index}")
+
+    async def _keep(self, index: int, keeper: _Keeper) -> None:
+        while keeper.wish != "end":
+            if keeper.wish == "park":
+                await self._rest(index, keeper)
+                continue
             await self._begin_load(index)
-            if keeper.stop.is_set():
-                self._end_load(index)
-                break
-            epoch += 1
             try:
-                death = await self._live(index, epoch)
+                if keeper.wish != "run":
+                    continue
+                keeper.asked.clear()
+                death = await self._live(index, keeper)
             except OSError as error:
-                death = Death(EXIT_CONFIG, 0.0, "", False, (_cannot_run(spec, error), 78), ())
+                death = Death(
+                    EXIT_CONFIG, 0.0, "", False, (_cannot_run(keeper.spec, error), 78), ()
+                )
             finally:
                 self._end_load(index)
-            lost = self._engines.lose(index, sentence(death))
-            if keeper.stop.is_set():
-                break
-            first_load = first_load and death.served_s == 0
-            streak = 1 if death.served_s >= SERVICE_S else streak + 1
-            verdict = judge(
-                streak,
-                first_load=first_load,
-                on_fatal=self._on_fatal,
-                jitter=self._random.uniform(-1, 1),
-            )
-            self._report(index, epoch, death, lost, verdict)
-            if verdict.action != "restart":
-                self._give_up(index, death)
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(verdict.delay_s):
-                    await keeper.stop.wait()
+            keeper.has_served = keeper.has_served or death.served_s > 0
+            if keeper.asked.is_set():
+                self._engines.lose(index, keeper.reason)
+            else:
+                self._engines.lose(index, sentence(death))
+                await self._after_crash(index, keeper, death)
 
-    async def _live(self, index: int, epoch: int) -> Death:
-        spec = self._specs[index]
-        process = EngineProcess.launch(spec, epoch)
-        self._processes[index] = process
-        identity = msgspec.structs.replace(spec.config, epoch=epoch).identity
-        self._engines.start(index, epoch, identity)
-        logs.info(
-            "engine_loading", replica=index, model=spec.model, epoch=epoch, pid=process.popen.pid
-        )
+    async def _rest(self, index: int, keeper: _Keeper) -> None:
+        """Parked, until something else is wanted."""
+        keeper.asked.clear()
+        self._engines.park(index, keeper.reason)
+        await keeper.asked.wait()
+        if keeper.wish == "run":
+            self._engines.rouse(index)
+
+    async def _live(self, index: int, keeper: _Keeper) -> Death:
+        """From the start of a process to its end."""
+        spec = keeper.spec
+        keeper.epoch += 1
+        keeper.starts += 1
+        process = keeper.process = EngineProcess.launch(spec, keeper.epoch)
+        identity = msgspec.structs.replace(spec.config, epoch=keeper.epoch).identity
+        self._engines.start(index, keeper.epoch, identity)
+        pid = process.popen.pid
+        logs.info("engine_loading", replica=index, model=spec.model, epoch=keeper.epoch, pid=pid)
         async with asyncio.TaskGroup() as group:
             relay = group.create_task(process.relay(lambda line: _relay_line(index, line)))
+            watch = group.create_task(process.watch())
             code = await process.exited()
             await asyncio.wait([relay], timeout=0.5)  # a grandchild may hold the pipe open
             relay.cancel()
-        self._processes.pop(index)
-        served_s = 0.0 if process.ready_s is None else self._clock() - process.ready_s
+            watch.cancel()
+        keeper.process = None
         return Death(
             code,
-            served_s,
+            0.0 if process.ready_s is None else self._clock() - process.ready_s,
             process.condemned,
-            _oom_kills() > process.oom_kills_before,
-            self._engines.last_words(index),
+            oom_kills() > process.oom_kills_before,
+            self._engines.remains(index).words,
             tuple(process.tail),
+            process.memory,
         )
 
-    def _report(
-        self, index: int, epoch: int, death: Death, lost: list[Stream], verdict: Verdict
-    ) -> None:
-        """The one report of this crash."""
-        model = self._specs[index].model
-        self._metrics.restarts.labels(model, str(index), cause(death)).inc()
-        logs.error(
-            "engine_died",
-            replica=index,
-            model=model,
-            epoch=epoch,
-            cause=cause(death),
-            reason=sentence(death),
-            served_s=round(death.served_s, 3),
-            next=verdict.action,
-            delay_s=round(verdict.delay_s, 2),
-            in_flight=len(lost),
-            requests=" ".join(sorted({stream.request_id for stream in lost})),
-            tail=" | ".join(death.tail[-8:]),
+    async def _after_crash(self, index: int, keeper: _Keeper, death: Death) -> None:
+        """Judges and reports it, and waits as long as that says."""
+        keeper.streak = 1 if death.served_s >= SERVICE_S else keeper.streak + 1
+        verdict = judge(
+            keeper.streak,
+            first_load=keeper.is_first and not keeper.has_served,
+            on_fatal=self._on_fatal,
+            jitter=self._random.uniform(-1, 1),
         )
+        remains = self._engines.remains(index)
+        told = report(death, remains, verdict, epoch=keeper.epoch, now=self._clock())
+        keeper.crashes.append(told)
+        model = keeper.spec.model
+        self._metrics.restarts.labels(model, str(index), told.cause).inc()
+        logs.error("engine_died", replica=index, model=model, **told.fields())
+        if verdict.action != "restart":
+            keeper.ask("park", sentence(death))
+            self._judge_all(index, keeper, death)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(verdict.delay_s):
+                await keeper.asked.wait()
 
-    def _give_up(self, index: int, death: Death) -> None:
-        self._parked.add(index)
-        self._engines.park(index, sentence(death))
-        everything = len(self._parked) == len(self._specs) and not self._resting
-        never = death.served_s == 0 and self._keepers[index].is_first
+    def _judge_all(self, index: int, keeper: _Keeper, death: Death) -> None:
+        """One replica is given up: is that the end of the router?"""
+        parked = all(each.wish == "park" for each in self._keepers.values())
+        everything = parked and not self._resting
+        never = death.served_s == 0 and keeper.is_first
         if self._on_fatal == "exit" and (never or everything) and not self.failure.done():
-            name = self._specs[index].model
-            what = f"engine {index} ({name}) failed: {sentence(death)}"
+            what = f"engine {index} ({keeper.spec.model}) failed: {sentence(death)}"
             self.failure.set_result(StartError(what, exit_code(death)))
-            self._over.set()
 
     async def _begin_load(self, index: int) -> None:
-        device = self._device(index)
+        device = self._keepers[index].device
         if device:
             await self._loading.setdefault(device, asyncio.Lock()).acquire()
             self._loaders[device] = index
 
     def _end_load(self, index: int) -> None:
-        device = self._device(index)
+        device = self._keepers[index].device
         if self._loaders.get(device) == index:
             del self._loaders[device]
             self._loading[device].release()
-
-    def _device(self, index: int) -> str:
-        return self._specs[index].environment.get("CUDA_VISIBLE_DEVICES", "")
 
 
 def _cannot_run(spec: EngineSpec, error: OSError) -> str:

@@ -33,8 +33,9 @@ from engine.protocol import (
     encode,
     pack_tokens,
 )
-from router.fleet import GONE, Fleet, Replica
+from router.fleet import Fleet
 from router.metrics import Metrics
+from router.replica import GONE, Replica
 from router.streams import Stream, StreamTable
 
 REPLICAS = 3

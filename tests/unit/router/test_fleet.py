@@ -292,7 +292,7 @@ async def test_another_wire_version_is_refused() -> None:
     w.start()
     w.say(Ready(1, protocol.PROTOCOL_VERSION + 1, LIMITS))
     assert w.state() == "dead"
-    words = w.fleet.last_words(0)
+    words = w.fleet.remains(0).words
     assert words is not None
     assert words[1] == 78
 
@@ -301,10 +301,10 @@ async def test_last_words() -> None:
     w = World()
     w.start()
     w.say(Fatal(1, "not enough memory", 75))
-    assert w.fleet.last_words(0) == ("not enough memory", 75)
+    assert w.fleet.remains(0).words == ("not enough memory", 75)
     w.fleet.lose(0, "exit code 75")
     w.start(epoch=2)
-    assert w.fleet.last_words(0) is None
+    assert w.fleet.remains(0).words is None
 
 
 async def test_back_pressure_keeps_order_and_loses_nothing() -> None:
@@ -467,3 +467,51 @@ async def test_an_engine_that_goes_while_it_is_told_the_vocabulary() -> None:
     assert not w.fleet.submit(stream, 0, Placement(grammar="start: /a/"))
     assert w.state() == "dead"
     assert stream.submitted_s is None
+
+
+async def test_a_hand_over_takes_the_streams_away_without_a_death() -> None:
+    w = World()
+    w.ready(0)
+    w.ready(1)
+    first, second = w.submit(0), w.submit(0)
+    w.say(tokens(1, first, 7))
+    w.fleet.hand_over(0, "a restart was asked for")
+    message = w.link.last()
+    assert isinstance(message, Abort)
+    assert message.ids == (first.id, second.id)
+    assert (w.state(0), w.fleet.serving_count("m")) == ("draining", 1)
+    for stream in (first, second):
+        assert (stream.loss, stream.deaths, stream.replica) == ("handed_over", 0, None)
+    w.say(tokens(1, first, 8))  # on its way when the abort was sent
+    w.say(Ready(1, protocol.PROTOCOL_VERSION, LIMITS))
+    assert (first.tokens, w.state(0)) == ([7], "draining")
+    assert not w.fleet.submit(first, 0, Placement())  # never again to this epoch
+    assert w.fleet.submit(first, 1, Placement())
+    first.reopen()
+    w.say(tokens(1, first, 9))  # still the old engine
+    w.say(tokens(1, first, 8, end=Finish(first.id, "length")), 1)
+    assert (first.tokens, first.finish) == ([7, 8], Finish(first.id, "length"))
+
+
+async def test_what_an_engine_left_is_known_until_the_next_one_starts() -> None:
+    w = World()
+    w.ready()
+    old, new = w.submit(), w.submit()
+    old.request_id, new.request_id = "old", "new"
+    w.say(tokens(1, old, 7))
+    w.now += HANG_S + 1
+    w.fleet.tick(HANG_S)
+    w.fleet.lose(0, "killed")  # the process is gone only now
+    assert w.fleet.remains(0).casualties == (("old", False), ("new", True))
+    w.start(0, 2)
+    assert w.fleet.remains(0).casualties == ()
+
+
+async def test_replicas_come_and_go() -> None:
+    w = World()
+    assert w.fleet.add("other") == 2
+    w.fleet.remove(1)
+    assert [(r.index, r.model) for r in w.fleet.replicas] == [(0, "m"), (2, "other")]
+    assert w.fleet.add("m") == 3  # an index is never used again
+    with pytest.raises(KeyError):
+        w.fleet.replica(1)

@@ -14,13 +14,14 @@ from engine.config import EngineConfig
 from engine.protocol import PROTOCOL_VERSION, Limits, Ready, encode
 from router.acceptor import bind, raise_descriptor_limit, url_of
 from router.admission import Admission, Gate, QueueBounds
+from router.engine_process import EngineSpec
 from router.errors import Overloaded
 from router.fleet import Fleet
 from router.lifecycle import Lifecycle
 from router.link import IpcLink
 from router.metrics import Metrics
 from router.streams import StreamTable
-from router.supervisor import EngineSpec, Supervisor
+from router.supervisor import Supervisor
 
 
 def test_bind_and_url() -> None:

@@ -88,7 +88,7 @@ async def test_a_lost_stream_goes_on_where_it_was() -> None:
     stream = table.open([1], 10)
     table.assign(stream, 0)
     stream.append([2])
-    stream.end(Finish(stream.id, "error"), lost=True)
+    stream.end(Finish(stream.id, "error"), loss="engine_died")
     assert stream.take().lost
     stream.reopen()
     stream.append([3])

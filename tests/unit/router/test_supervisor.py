@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import time
 from typing import Any
@@ -14,22 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig
+from engine.protocol import Stats
+from router.crash import CRASH_LOOP, Death, cause, exit_code, judge, sentence
+from router.engine_process import EngineProcess, EngineSpec
 from router.errors import StartError
 from router.metrics import Metrics
 from router.planning import plan_threads
-from router.streams import Stream
-from router.supervisor import (
-    CRASH_LOOP,
-    Death,
-    EngineProcess,
-    EngineSpec,
-    Supervisor,
-    cause,
-    engine_environment,
-    exit_code,
-    judge,
-    sentence,
-)
+from router.streams import Casualty, Remains, Stream
+from router.supervisor import Supervisor, engine_environment
 from tests.router_process import is_running, until
 
 CONFIG = EngineConfig(endpoint="ipc:///nowhere", replica=0, epoch=0, model="m")
@@ -128,8 +119,11 @@ class Book:
     def park(self, index: int, reason: str) -> None:
         self.told.append(("park", index, reason))
 
-    def last_words(self, index: int) -> tuple[str, int] | None:
-        return None
+    def rouse(self, index: int) -> None:
+        self.told.append(("rouse", index))
+
+    def remains(self, index: int) -> Remains:
+        return Remains(None, Stats(steps=7), time.monotonic(), (Casualty("r1", True),))
 
 
 def spec(program: str, config: EngineConfig = CONFIG) -> EngineSpec:
@@ -187,6 +181,7 @@ async def test_a_failed_first_load_is_the_failure() -> None:
     assert isinstance(error, StartError)
     assert error.code == 78
     assert error.message == "engine 0 (m) failed: no such layer (exit code 78)"
+    await sup.stop(0.0)
     await running
     assert [entry[0] for entry in book.told] == ["start", "lose", "park"]
     assert book.told[0] == ("start", 0, 1, b"engine-0-1")
@@ -213,13 +208,90 @@ async def test_who_heeds_no_sigterm_is_killed() -> None:
     await asyncio.sleep(0.5)
     await asyncio.wait_for(sup.stop(0.2), 60)
     await asyncio.wait_for(running, 60)
-    assert book.told[-1] == ("lose", 0, signal.SIGKILL.name)
+    assert book.told[-1] == ("lose", 0, "the server is stopping")
+    assert sup.life(0).crashes == ()  # it was asked to end
+
+
+SLEEPS = READS + "import time; time.sleep(60)"
+
+
+def names(book: Book) -> list[str]:
+    return [entry[0] for entry in book.told]
+
+
+async def test_a_restart_that_was_asked_for_is_no_crash() -> None:
+    book = Book()
+    sup = supervisor(book, SLEEPS)
+    running = asyncio.create_task(sup.run())
+    await until(lambda: names(book) == ["start"])
+    pid = sup.life(0).pid
+    sup.restart(0)
+    await until(lambda: names(book) == ["start", "lose", "start"])
+    life = sup.life(0)
+    assert (life.restarts, life.crashes_in_a_row, life.crashes) == (1, 0, ())
+    assert life.pid not in (pid, None)
+    assert book.told[2] == ("start", 0, 2, b"engine-0-2")
+    await sup.stop(5.0)
+    await asyncio.wait_for(running, 5)
+
+
+async def test_parked_until_a_restart() -> None:
+    book = Book()
+    sup = supervisor(book, SLEEPS)
+    running = asyncio.create_task(sup.run())
+    await until(lambda: names(book) == ["start"])
+    sup.park(0, "drained by hand")
+    await until(lambda: names(book) == ["start", "lose", "park"])
+    assert book.told[2] == ("park", 0, "drained by hand")
+    assert sup.life(0).pid is None
+    assert not sup.failure.done()  # all are parked, but on purpose
+    sup.restart(0)
+    await until(lambda: names(book)[3:] == ["rouse", "start"])
+    await sup.stop(5.0)
+    await asyncio.wait_for(running, 5)
+
+
+async def test_a_crash_loop_is_left_by_a_restart() -> None:
+    book = Book()
+    sup = supervisor(book, READS + "sys.exit(9)", on_fatal="wait")
+    sup._keepers[0].streak = CRASH_LOOP - 1
+    running = asyncio.create_task(sup.run())
+    await until(lambda: names(book) == ["start", "lose", "park"])
+    (told,) = sup.life(0).crashes
+    assert (told.cause, told.exit_code, told.next, told.steps) == ("exit", 9, "park", 7)
+    assert told.suspects == told.in_flight == ("r1",)
+    assert told.memory.free_bytes > 0
+    sup.restart(0)
+    await until(lambda: len(sup.life(0).crashes) == 2)
+    assert sup.life(0).crashes[1].next == "restart"  # forgiven
+    await sup.stop(5.0)
+    await asyncio.wait_for(running, 5)
+
+
+async def test_add_and_retire() -> None:
+    book = Book()
+    sup = supervisor(book, SLEEPS)
+    running = asyncio.create_task(sup.run())
+    await until(lambda: names(book) == ["start"])
+    sup.add(5, spec(READS + "sys.exit(1)"))
+    await until(lambda: ("start", 5, 1, b"engine-0-1") in book.told and bool(sup.life(5).crashes))
+    assert not sup.failure.done()  # what came later does not end the router
+    await asyncio.wait_for(sup.retire(5, 1.0), 10)
+    await asyncio.wait_for(sup.retire(0, 5.0), 10)
+    assert sup.life(0).pid is sup.life(5).pid is None
+    with pytest.raises(KeyError):
+        sup.restart(5)
+    await sup.stop(5.0)
+    await asyncio.wait_for(running, 5)
 
 
 async def test_a_program_that_is_not_there() -> None:
     book = Book()
     missing = EngineSpec("m", ("/no/such/program",), {}, CONFIG)
     sup = Supervisor([missing], book, Metrics(), on_fatal="exit", clock=time.monotonic)
-    await sup.run()
+    running = asyncio.create_task(sup.run())
+    await asyncio.wait_for(sup.failure, 20)
+    await sup.stop(0.0)
+    await running
     assert sup.failure.result().code == 78
     assert "/no/such/program" in sup.failure.result().message
