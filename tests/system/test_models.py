@@ -15,7 +15,7 @@ import pytest
 
 from tests.router_process import RouterProcess, Start, starting, tiny_model, wait_gone
 
-ROUNDS = 20  # of the race between rest and arrival
+ROUNDS = 8  # of the race between rest and arrival
 LIMIT_S = 60.0  # against hangs
 SCRIPT: dict[str, Any] = {
     "tokens_per_s": 200,
