@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
@@ -150,10 +150,7 @@ class Roster:
 
     def view(self, entry: Entry) -> ModelView:
         """As of now."""
-        replicas = tuple(
-            (index, engine.device, self._works.fleet.replica(index).state)
-            for index, engine in entry.engines.items()
-        )
+        replicas = tuple(self._replica_views(entry))
         needed = sum(engine.plan.total_bytes for engine in entry.engines.values())
         waiting = self._works.admission.waiting(entry.key)
         return ModelView(entry.served.names, self.state(entry), replicas, needed, waiting)
