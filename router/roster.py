@@ -348,13 +348,21 @@ class Roster:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.limits.drain_timeout_s):
                 while admission.idle_since_s(entry.key) is None:
-                    if set(self.states(entry)) <= {"asleep", "parked"}:
+                    states = set(self.states(entry))
+                    if states <= {"asleep", "parked"} and not await self._start_last(entry):
                         break  # nobody will serve those who wait
                     await asyncio.sleep(LOOK_S)
         admission.evict(reason, entry.key, kind)
         for index in entry.engines:
             for stream in list(self._works.streams.of_replica(index).values()):
                 self._works.fleet.cut(stream, reason, "abort")
+
+    async def _start_last(self, entry: Entry) -> bool:
+        """For those who came to a sleeper just before it was taken away."""
+        indices = list(entry.engines)
+        if entry.unloaded or not self._sleepers(entry, indices):
+            return False
+        return not await self.start(entry, indices)
 
     def rest(self, entry: Entry, reason: str) -> None:
         """Its replicas sleep from now on; their processes end meanwhile."""
