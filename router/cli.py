@@ -266,6 +266,7 @@ async def _run(
     from router.flow import Flow
     from router.lifecycle import Hooks, Lifecycle, RunLimits
     from router.metrics import Metrics, QueueSample
+    from router.quarantine import Quarantine
     from router.roster import Roster, Works
     from router.streams import StreamTable
     from router.supervisor import Supervisor
@@ -274,8 +275,7 @@ async def _run(
     from router.text.wire_vocabulary import vocabulary_of
     from router.turnover import Turnover
 
-    limits, clock = config.limits, time.monotonic
-    link, lines = outside.link, outside.lines
+    limits, clock, link = config.limits, time.monotonic, outside.link
     metrics = Metrics(vllm_names=config.http.metrics_names == "vllm")
     streams, served = StreamTable(), ModelTable([model.served for model in planned])
     keys = [model.served.key for model in planned for _ in model.engines]
@@ -287,12 +287,12 @@ async def _run(
     works = Works(fleet, supervisor, admission, served, streams, planner, gates.of)
     roster = Roster(works, limits, planned, clock)
     settings = gates.settings(config)
-    flow = Flow(fleet, admission, metrics, settings, clock)
-    embed_flow = EmbedFlow(fleet, admission, metrics, settings, clock)
-
+    quarantine = Quarantine(clock)
+    flow = Flow(fleet, admission, metrics, settings, quarantine, clock)
+    embed_flow = EmbedFlow(fleet, admission, metrics, settings, quarantine, clock)
     turnover = Turnover(roster, planner, config, _limiter(gates, admission, [flow, embed_flow]))
     life = Lifecycle(fleet, link, supervisor, admission, streams, metrics)
-    metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
+    metrics.log_lines_lost.set_function(lambda: outside.lines.lost_lines)
     metrics.add_replicas(fleet.samples)
     metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
     pool = TextPool()
@@ -306,7 +306,12 @@ async def _run(
             build_app(parts),
             outside.listener,
             RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections),
-            Hooks(outside.notifier, dump, lines.reopen, turnover.reload if config.file else None),
+            Hooks(
+                outside.notifier,
+                dump,
+                outside.lines.reopen,
+                turnover.reload if config.file else None,
+            ),
         )
     finally:
         looking_after.cancel()

@@ -69,6 +69,11 @@ def cause(death: Death) -> str:
     return "signal" if death.code < 0 else "exit"
 
 
+def is_from_outside(death: Death) -> bool:
+    """A SIGKILL that neither we nor the OOM killer sent: no fault of an engine ends like that."""
+    return cause(death) == "signal" and death.code == -signal.SIGKILL
+
+
 def sentence(death: Death) -> str:
     """For people: why it ended, in its own words if it had any."""
     if death.condemned:

@@ -23,8 +23,15 @@ LOAD_WEIGHT: Final = 0.5
 EQUAL_TOKENS: Final = 64
 
 
-def choose(views: Sequence[ReplicaView], hits: Mapping[int, int], max_requests: int) -> int | None:
-    """The number of the best ready replica, or None if none is ready.
+def choose(
+    views: Sequence[ReplicaView],
+    hits: Mapping[int, int],
+    max_requests: int,
+    *,
+    suspect: bool = False,
+) -> int | None:
+    """The number of the best ready replica, or None if there is none. A `suspect` is given to none
+    that works on another one (see `router.blame`).
 
     `hits[replica]` counts prompt tokens that the replica has probably cached. The best one has the
     highest (tokens saved - weighted tokens in flight); among about equals the fewest requests in
@@ -32,7 +39,7 @@ def choose(views: Sequence[ReplicaView], hits: Mapping[int, int], max_requests: 
     works on `max_requests` is passed over as long as another one has room. A popular prefix spills
     to the next replica by itself: a request in flight costs its owner as much as half its tokens.
     """
-    ready = [view for view in views if view.ready]
+    ready = [view for view in views if view.ready and not (suspect and view.on_trial)]
     roomy = [view for view in ready if view.inflight_requests < max_requests] or ready
     if not roomy:
         return None

@@ -94,7 +94,7 @@ class StateDump:
                 tokens=len(stream.tokens),
                 max_new=stream.max_new,
                 age_s=None if since_s is None else round(now - since_s, 3),
-                deaths=stream.deaths,
+                suspicion=stream.suspicion.weight,
             )
 
 

@@ -29,8 +29,10 @@ from router.errors import (
     RequestTimeout,
 )
 from router.fleet import Fleet
-from router.flow import MAX_DEATHS, MAX_MOVES, Placement, RequestRecord
+from router.flow import MAX_MOVES, Placement
 from router.metrics import Metrics
+from router.quarantine import Quarantine
+from router.record import RequestRecord
 from router.replica import Replica
 from router.streams import Stream, WakeUp
 from router.text.served import ServedModel
@@ -75,12 +77,14 @@ class EmbedFlow:
         admission: Admission,
         metrics: Metrics,
         settings: FlowSettings,
+        quarantine: Quarantine,
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._admission = admission
         self._metrics = metrics
         self._settings = settings
+        self._quarantine = quarantine
         self._clock = clock
         self._alarms: set[Alarm] = set()  # of the requests that run
         fleet.subscribe(self._on_replica_change)
@@ -120,6 +124,8 @@ class EmbedFlow:
         record.model = job.model.name
         record.texts = len(job.texts)
         record.prompt_tokens = sum(map(len, job.texts)) // _TOKEN_BYTES
+        if any(self._quarantine.holds(key, job.tenant, text) for text in job.texts):
+            raise self._quarantined(job)
         limits = self._settings.deadlines(record.started_s)
         alarm = Alarm(self._clock, limits.end_s)
         ask = Ask(record.prompt_tokens, job.tenant, embeds=True)
@@ -150,29 +156,30 @@ class EmbedFlow:
     async def _place(self, run: _Run) -> None:
         """Gives texts to engines: first those whose engine is lost, then as many as may be out.
 
-        Raises Quarantined for a text that two engines died of, and Overloaded when the model's
-        engines are given up.
+        Raises Quarantined for a text that engines died of, and Overloaded when the model's engines
+        are given up.
         """
         views = self._fleet.views(run.key)
         if all(view.state in ("parked", "asleep") for view in views):
             raise self._fleet.unavailable(run.key)
+        if not any(view.ready for view in views):
+            return  # a change of a replica's state will be heard of
         window_tokens = WINDOW_TOKENS * sum(view.ready for view in views)
         texts = chain(run.unplaced(), run.open_while(window_tokens))
         for sent, text in enumerate(texts, 1):
-            if not self._send(run, text):
-                return  # a change of a replica's state will be heard of
+            self._send(run, text)
             if sent % BURST == 0:
                 await asyncio.sleep(0)
 
-    def _send(self, run: _Run, text: Stream) -> bool:
-        """One text to the best replica; False if none is ready."""
-        if text.deaths >= MAX_DEATHS:
-            self._metrics.quarantined.inc()
-            logs.error("request_quarantined", request_id=text.request_id, model=run.model)
-            raise Quarantined
-        replica = choose(self._fleet.views(run.key), {}, self._settings.max_concurrency)
+    def _send(self, run: _Run, text: Stream) -> None:
+        """One text to the best replica; it stays unplaced if none may take it."""
+        suspect = text.is_suspect
+        if suspect:
+            self._check_guilt(run, text)
+        views = self._fleet.views(run.key)
+        replica = choose(views, {}, self._settings.max_concurrency, suspect=suspect)
         if replica is None or not self._fleet.submit(text, replica, _PLACEMENT):
-            return False
+            return  # the end of a trial, or a replica's change, wakes us
         if text.lost:
             run.job.record.moves += 1
             run.moves[text.id] += text.loss != "handed_over"
@@ -180,7 +187,20 @@ class EmbedFlow:
             if run.moves[text.id] > MAX_MOVES:
                 raise Overloaded("The engines keep giving this request back.")
             text.reopen()
-        return True
+
+    def _check_guilt(self, run: _Run, text: Stream) -> None:
+        """Raises Quarantined if engines died of this text, or of an equal one."""
+        salt = run.job.tenant
+        if text.suspicion.convicts:
+            self._quarantine.add(run.key, salt, text.prompt)
+        if self._quarantine.holds(run.key, salt, text.prompt):
+            raise self._quarantined(run.job)
+
+    def _quarantined(self, job: EmbeddingJob) -> Quarantined:
+        self._metrics.quarantined.inc()
+        record = job.record
+        logs.error("request_quarantined", request_id=record.request_id, model=record.model)
+        return Quarantined()
 
     def _account(self, record: RequestRecord, run: _Run) -> None:
         record.finish = "stop" if run.done else "none"

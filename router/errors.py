@@ -235,10 +235,12 @@ class EngineFailed(RequestError):
 
 
 class Quarantined(EngineFailed):
-    """The request was in flight at two engine deaths; it is not tried a third time."""
+    """Engines died of this prompt: it is not tried again, and refused for a while."""
 
     def __init__(
-        self, message: str = "Engines stopped twice while working on this request; it is refused."
+        self,
+        message: str = "Engines stopped while working on this prompt; it is refused for some "
+        "minutes.",
     ) -> None:
         super().__init__(message, code="request_quarantined")
 

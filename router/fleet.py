@@ -181,8 +181,11 @@ class Fleet:
         replica.begin(epoch, identity, self._clock())
         self._change(replica, "starting", "")
 
-    def lose(self, index: int, reason: str, *, hung: bool = False) -> list[Stream]:
-        """Its process is gone or condemned: its streams end as lost, and are returned."""
+    def lose(
+        self, index: int, reason: str, *, hung: bool = False, outside: bool = False
+    ) -> list[Stream]:
+        """Its process is gone or condemned (`outside`: not by its own work): its streams end as
+        lost, and are returned."""
         replica = self._replicas[index]
         self._of_identity.pop(replica.identity, None)
         replica.outbox.clear()
@@ -190,7 +193,7 @@ class Fleet:
             self._change(replica, "hung" if hung else "dead", reason)
         lost = self._take_away(replica, Finish(0, "error", f"engine lost: {reason}"), "engine_died")
         for stream in lost:
-            stream.deaths += 1
+            stream.suspicion = stream.suspicion.after_death(len(stream.tokens), outside=outside)
             replica.casualties.append(Casualty(stream.request_id, stream.silent))
         return lost
 
@@ -369,6 +372,7 @@ class Fleet:
             self._table.release(ended)
             # An abort that we did not ask for: the engine drains, others may go on.
             ended.end(finish, loss="given_back" if finish.reason == "abort" else None)
+        self._table.check_trial(replica.index)
 
 
 class _BadFrames:

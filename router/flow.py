@@ -4,7 +4,7 @@ Owns nothing that outlives a request: its permit, its streams and its text state
 `Flow.generate` and freed by its end, however it ends. Must not know HTTP, JSON or sockets.
 
 A lost engine is no error here: streams without a token are submitted again, streams with tokens go
-on elsewhere (or on the restarted engine) with prompt + tokens, until a second engine dies of them.
+on elsewhere (or on the restarted engine) with prompt + tokens, until `router.blame` convicts them.
 """
 
 from __future__ import annotations
@@ -31,59 +31,19 @@ from router.errors import (
 )
 from router.fleet import Fleet
 from router.metrics import Metrics, ModelMetrics
+from router.quarantine import Quarantine
+from router.record import RequestRecord
 from router.replica import GONE, Replica
 from router.streams import SLOW_CLIENT, Delta, Stream, TokenLogprob, WakeUp
 from router.text.assembly import ChoiceText, FinishReason, Piece, TextRules
 from router.text.served import ServedModel
 from router.waiting import Alarm, Entry, FlowSettings, hold_permit
 
-MAX_DEATHS: Final = 2  # engines that may die under one request
-MAX_MOVES: Final = 8  # of one choice, for whatever reason
+MAX_MOVES: Final = 8  # of one choice in a row, for whatever reason,
+MOVE_TOKENS: Final = 32  # with fewer new tokens than these between them
 GUESSED_NEW: Final = 256  # tokens of an answer
 PART_TOKENS: Final = 16_384  # of prompts, sent to engines in one go: 3 ms
 MAX_PIECES: Final = 16  # of one choice and step: a reader far behind gets larger ones
-
-
-@dataclass(slots=True)
-class RequestRecord:
-    """What the one log line of a request will say. Times in seconds of the monotonic clock."""
-
-    request_id: str
-    started_s: float
-    created_s: int = 0  # unix time
-    route: str = ""  # the route's pattern, never the client's path
-    model: str = ""
-    status: int = 0
-    code: str = ""
-    texts: int = 0  # to be embedded
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int | None = None  # of those; None where thinking is not looked for
-    finish: str = ""
-    queue_s: float | None = None
-    ttft_s: float | None = None
-    moves: int = 0  # continued on another engine
-
-    def fields(self) -> dict[str, str | int | float | None]:
-        """As fields of a log event; empty ones are left out."""
-        values: dict[str, str | int | float | None] = {
-            "request_id": self.request_id,
-            "route": self.route,
-            "model": self.model,
-            "status": self.status,
-            "code": self.code,
-            "texts": self.texts,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "completion_tokens": self.completion_tokens,
-            "reasoning_tokens": self.reasoning_tokens,
-            "finish": self.finish,
-            "queue_s": None if self.queue_s is None else round(self.queue_s, 6),
-            "ttft_s": None if self.ttft_s is None else round(self.ttft_s, 6),
-            "moves": self.moves,
-        }
-        return {key: value for key, value in values.items() if value or key == "status"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,12 +118,14 @@ class Flow:
         admission: Admission,
         metrics: Metrics,
         settings: FlowSettings,
+        quarantine: Quarantine,
         clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._admission = admission
         self._metrics = metrics
         self._settings = settings
+        self._quarantine = quarantine
         self._clock = clock
         self._prefixes = PrefixMap()
         self._alarms: set[Alarm] = set()  # of the requests that run
@@ -199,6 +161,7 @@ class Flow:
         record = job.record
         record.model = job.model.name
         record.prompt_tokens = sum(len(prompt) for prompt in job.prompts)
+        self._check_quarantine(job, job.prompts)
         limits = self._settings.deadlines(record.started_s)
         alarm = Alarm(self._clock, limits.first_token_s)
         wait = hold_permit(
@@ -233,11 +196,11 @@ class Flow:
                         if step:
                             alarm.deadline_s = limits.end_s
                         yield step
-                    if running:
-                        if alarm.expired:
-                            raise RequestTimeout("The request's time limit has passed.")
-                        if changed:
-                            await self._place_all(job, running)
+                    if changed:
+                        _raise_failures(job, running)  # what came before them was shown
+                        await self._place_all(job, running)
+                    if running and alarm.expired:
+                        raise RequestTimeout("The request's time limit has passed.")
             finally:
                 alarm.stop()
                 self._alarms.discard(alarm)
@@ -275,41 +238,62 @@ class Flow:
         return self._place(job, part)
 
     def _place(self, job: Job, choices: Sequence[_Choice]) -> bool:
-        """Gives every choice that no engine works on to one. False if none is ready.
+        """Gives every choice that no engine works on to one. False if one must wait: no engine is
+        ready, or none may take a suspect now.
 
-        Raises Quarantined for a choice that two engines died of, and Overloaded when the model's
+        Raises Quarantined for a choice that engines died of, and Overloaded when the model's
         engines are given up.
         """
-        name, key = job.model.name, job.model.key
+        key, held = job.model.key, False
         for choice in choices:
             stream = choice.stream
             if not choice.needs_engine:
                 continue
-            if stream.deaths >= MAX_DEATHS:
-                self._metrics.quarantined.inc()
-                logs.error("request_quarantined", request_id=job.record.request_id, model=name)
-                raise Quarantined
+            suspect = stream.is_suspect
+            if suspect:
+                self._check_guilt(job, stream)
+                if held:
+                    continue
             now = self._clock()
             views = self._fleet.views(key)
             hits = self._prefixes.hits(choice.hashes, now)
-            replica = choose(views, hits, self._settings.max_concurrency)
+            replica = choose(views, hits, self._settings.max_concurrency, suspect=suspect)
             if replica is None:
                 if all(view.state in ("parked", "asleep") for view in views):
                     raise self._fleet.unavailable(key)  # given up, or taken away
-                return False
+                if not any(view.ready for view in views):
+                    return False
+                held = True  # the end of a trial wakes us
+                continue
             if not self._fleet.submit(stream, replica, choice.placement):
                 return False
             self._prefixes.record(choice.hashes, replica, now)
             if stream.lost:
                 self._count_move(job.record, choice)
                 stream.reopen()
-        return True
+        return not held
+
+    def _check_guilt(self, job: Job, stream: Stream) -> None:
+        """Raises Quarantined if engines died of this stream, or of another one's equal prompt."""
+        if stream.suspicion.convicts:
+            self._quarantine.add(job.model.key, job.salt, stream.prompt)
+        self._check_quarantine(job, [stream.prompt])
+
+    def _check_quarantine(self, job: Job, prompts: Sequence[list[int]]) -> None:
+        """Raises Quarantined if one of the prompts is to be refused."""
+        for prompt in prompts:
+            if self._quarantine.holds(job.model.key, job.salt, prompt):
+                self._metrics.quarantined.inc()
+                record = job.record
+                logs.error("request_quarantined", request_id=record.request_id, model=record.model)
+                raise Quarantined
 
     def _count_move(self, record: RequestRecord, choice: _Choice) -> None:
         record.moves += 1
-        choice.moves += choice.stream.loss != "handed_over"  # that one is the operator's doing
         self._metrics.migrated.labels(choice.stream.loss).inc()
-        if choice.moves > MAX_MOVES:
+        if choice.stream.loss == "handed_over":  # that one is the operator's doing
+            return
+        if choice.count_move() > MAX_MOVES:
             raise Overloaded("The engines keep giving this request back.")
 
     def _advance_all(self, job: Job, choices: Sequence[_Choice], step: list[Progress]) -> bool:
@@ -322,16 +306,18 @@ class Flow:
     def _advance(self, job: Job, choice: _Choice, step: list[Progress]) -> bool:
         """Takes what the engine sent for one choice and adds it to `step`.
 
-        True if the choice ended or has no engine. Raises EngineFailed, Overloaded.
+        True if the choice ended, failed or has no engine. A failure is kept, to be raised once
+        `step` was handed out.
         """
         delta = choice.stream.take()
         end = None if delta.lost else delta.finish
-        if end is not None:
-            _raise_failure(job, end)
+        if end is not None and end.reason in ("abort", "error"):
+            choice.failure, end = end, None
         if delta.prompt_logprobs is not None:
             choice.prompt_logprobs += delta.prompt_logprobs
+        changed = delta.lost or choice.failure is not None
         if not delta.tokens and end is None:
-            return delta.lost
+            return changed
         first = None
         now = self._clock()
         if choice.last_s is None:
@@ -347,7 +333,7 @@ class Flow:
             step.append(Progress(choice.index, piece, first))
             first = None
         if choice.finish is None:
-            return delta.lost
+            return changed
         # A matched stop string ends it here, while its engine still works on it.
         self._fleet.close(choice.stream)
         return True
@@ -400,7 +386,9 @@ class _Choice:
         self.finish: FinishReason | None = None
         self.first_s: float | None = None
         self.last_s: float | None = None  # of the latest tokens
-        self.moves = 0
+        self.failure: Finish | None = None  # its end, if that is no natural one
+        self._moves = 0  # in a row
+        self._moved_at = 0  # tokens that it had at the first of those
         self.placement = Placement(
             sampling=msgspec.structs.replace(
                 job.sampling,
@@ -419,6 +407,14 @@ class _Choice:
     def needs_engine(self) -> bool:
         """It was never submitted, or its engine is gone."""
         return self.stream.lost or self.stream.submitted_s is None
+
+    def count_move(self) -> int:
+        """It was moved: how often in a row, with hardly a token between?"""
+        num_tokens = len(self.stream.tokens)
+        if num_tokens - self._moved_at >= MOVE_TOKENS:
+            self._moves, self._moved_at = 0, num_tokens
+        self._moves += 1
+        return self._moves
 
     @property
     def num_tokens(self) -> int:
@@ -453,13 +449,16 @@ class _Choice:
         return pieces
 
 
-def _raise_failure(job: Job, end: Finish) -> None:
+def _raise_failures(job: Job, choices: Sequence[_Choice]) -> None:
     """Raises Overloaded, SlowClient or EngineFailed for an end that is no natural one."""
-    if end.reason == "abort":
-        raise Overloaded(end.detail or "The server is stopping.")
-    if end.detail == SLOW_CLIENT:
-        raise SlowClient
-    if end.reason == "error":
+    for choice in choices:
+        end = choice.failure
+        if end is None:
+            continue
+        if end.reason == "abort":
+            raise Overloaded(end.detail or "The server is stopping.")
+        if end.detail == SLOW_CLIENT:
+            raise SlowClient
         logs.error("engine_error", request_id=job.record.request_id, reason=end.detail)
         if end.detail == NO_MEMORY:
             raise InsufficientMemory

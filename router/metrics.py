@@ -156,8 +156,8 @@ class Metrics:
             "request_max_tokens", "Tokens that a request allowed", TOKEN_BUCKETS
         )
         self.refused = counter("requests_refused", "Refused with 503: no room", "model")
-        self.migrated = counter("requests_migrated", "Continued on another engine", "reason")
-        self.quarantined = counter("requests_quarantined", "In flight at two engine deaths")
+        self.migrated = counter("requests_migrated", "Sequences that went on elsewhere", "reason")
+        self.quarantined = counter("requests_quarantined", "Engines died of the prompt")
         self.shutdown_aborted = counter("shutdown_aborted_requests", "Cut at the drain deadline")
         self.restarts = counter("engine_restarts", "Restarts", "model", "replica", "cause")
         self.bad_frames = counter("ipc_bad_frames", "Frames that do not decode or are nonsense")

@@ -95,11 +95,8 @@ class Replica:
 
 def view(r: Replica, table: StreamTable) -> ReplicaView:
     """What a choice may look at."""
-    requests, tokens = table.load(r.index)
-    is_behind = bool(r.outbox)
-    return ReplicaView(
-        r.index, r.state, r.epoch, requests, tokens, r.submitted, r.limits, is_behind
-    )
+    load, behind, on_trial = table.load(r.index), bool(r.outbox), table.on_trial(r.index)
+    return ReplicaView(r.index, r.state, r.epoch, *load, r.submitted, r.limits, behind, on_trial)
 
 
 def sample(r: Replica, table: StreamTable, now: float) -> ReplicaSample:

@@ -26,6 +26,7 @@ from engine.protocol import (
     unpack_floats,
     unpack_tokens,
 )
+from router.blame import NO_SUSPICION
 
 UNREAD_BYTES: Final = 2 * 1024 * 1024  # that may wait for one reader, as the next two count them
 TOKEN_BYTES: Final = 40  # a Python int in a list
@@ -51,6 +52,7 @@ class ReplicaView(NamedTuple):
     submitted: int  # sequences it was ever given
     limits: Limits | None  # None until it was ready once
     is_behind: bool = False  # frames wait until it reads again
+    on_trial: bool = False  # it works on a suspect, see `router.blame`
 
     @property
     def ready(self) -> bool:
@@ -142,7 +144,6 @@ class Stream:
         "_prompt_taken",
         "_taken",
         "cached_tokens",
-        "deaths",
         "embedding",
         "finish",
         "first_token_s",
@@ -155,6 +156,7 @@ class Stream:
         "replica",
         "request_id",
         "submitted_s",
+        "suspicion",
         "tokens",
     )
 
@@ -172,7 +174,7 @@ class Stream:
         self.finish: Finish | None = None
         self.loss: Loss | None = None
         self.given_tokens = 0  # of `tokens`, those that its engine was given, not made by it
-        self.deaths = 0  # engines that died while working on it
+        self.suspicion = NO_SUSPICION  # of engines' deaths while they worked on it
         self.request_id = ""  # the request's name in logs and crash reports
         self.submitted_s: float | None = None
         self.first_token_s: float | None = None
@@ -183,6 +185,11 @@ class Stream:
         self._num_rivals = 0  # of those in the next one
         self._logprobs: list[TokenLogprob] = []  # not taken yet
         self._prompt_logprobs: list[TokenLogprob] = []
+
+    @property
+    def is_suspect(self) -> bool:
+        """It may be why an engine died: no other suspect may run beside it."""
+        return self.suspicion.lasts(len(self.tokens))
 
     @property
     def done(self) -> bool:
@@ -295,6 +302,7 @@ class StreamTable:
         self._last_id = 0
         self._streams: dict[int, Stream] = {}
         self._of_replica: dict[int, dict[int, Stream]] = {}
+        self._on_trial: dict[int, Stream] = {}  # by replica: the suspect it was given last
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -320,12 +328,16 @@ class StreamTable:
         stream.replica = replica
         stream.given_tokens = len(stream.tokens)
         self._of_replica.setdefault(replica, {})[stream.id] = stream
+        if stream.is_suspect:
+            self._on_trial[replica] = stream
 
     def release(self, stream: Stream) -> None:
         """No replica works on it any more."""
-        if stream.replica is not None:
-            self._of_replica[stream.replica].pop(stream.id, None)
+        replica = stream.replica
+        if replica is not None:
+            self._of_replica[replica].pop(stream.id, None)
             stream.replica = None
+            self.check_trial(replica)
 
     def wake_unplaced(self) -> None:
         """Whoever waits for a replica looks again."""
@@ -337,6 +349,18 @@ class StreamTable:
         """(sequences, tokens) that `replica` works on."""
         streams = self._of_replica.get(replica, {}).values()
         return len(streams), sum(len(s.prompt) + len(s.tokens) for s in streams)
+
+    def on_trial(self, replica: int) -> bool:
+        """Does it work on a suspect?"""
+        suspect = self._on_trial.get(replica)
+        return suspect is not None and suspect.is_suspect
+
+    def check_trial(self, replica: int) -> None:
+        """`replica` got on: where that ends a trial, suspects that wait for theirs look again."""
+        suspect = self._on_trial.get(replica)
+        if suspect is not None and (suspect.replica != replica or not suspect.is_suspect):
+            del self._on_trial[replica]
+            self.wake_unplaced()
 
     def of_replica(self, replica: int) -> dict[int, Stream]:
         """The streams `replica` works on, by id. A live view: do not change it."""

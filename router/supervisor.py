@@ -24,6 +24,7 @@ from router.crash import (
     CrashReport,
     Death,
     exit_code,
+    is_from_outside,
     judge,
     report,
     sentence,
@@ -51,7 +52,7 @@ class Engines(Protocol):
     """Who owns the replica states."""
 
     def start(self, index: int, epoch: int, identity: bytes) -> None: ...
-    def lose(self, index: int, reason: str) -> list[Stream]: ...
+    def lose(self, index: int, reason: str, *, outside: bool = False) -> list[Stream]: ...
     def park(self, index: int, reason: str) -> None: ...
     def rouse(self, index: int) -> None: ...
     def remains(self, index: int) -> Remains: ...
@@ -279,7 +280,7 @@ class Supervisor:
             if keeper.asked.is_set():
                 self._engines.lose(index, keeper.reason)
             else:
-                self._engines.lose(index, sentence(death))
+                self._engines.lose(index, sentence(death), outside=is_from_outside(death))
                 await self._after_crash(index, keeper, death)
 
     async def _rest(self, index: int, keeper: _Keeper) -> None:

@@ -34,6 +34,7 @@ from router.embed_flow import EmbedFlow
 from router.fleet import Fleet, SendResult
 from router.flow import Flow
 from router.metrics import Metrics
+from router.quarantine import Quarantine
 from router.streams import StreamTable
 from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.pool import TextPool
@@ -344,11 +345,12 @@ async def router_parts(
     most = settings.max_concurrency
     admission = Admission([gate(most)], [gate(max(1, most // EMBEDDING_SHARE))])
     fleet.subscribe(lambda replica: admission.refresh(replica.model))
-    flow = Flow(fleet, admission, metrics, settings, time.monotonic)
+    quarantine = Quarantine(time.monotonic)
+    flow = Flow(fleet, admission, metrics, settings, quarantine, time.monotonic)
     pool = TextPool()
     for replica in range(replicas if started else 0):
         engines.start(replica)
-    embed_flow = EmbedFlow(fleet, admission, metrics, settings, time.monotonic)
+    embed_flow = EmbedFlow(fleet, admission, metrics, settings, quarantine, time.monotonic)
     access = access or Access(keys)
     parts = Parts(served, flow, embed_flow, pool, metrics, AlwaysWell(), access)
     app = build_app(parts)

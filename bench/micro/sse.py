@@ -28,6 +28,7 @@ from router.embed_flow import EmbedFlow
 from router.fleet import Fleet, SendResult
 from router.flow import Flow
 from router.metrics import Metrics
+from router.quarantine import Quarantine
 from router.streams import StreamTable
 from router.text.model import load_text
 from router.text.pool import TextPool
@@ -123,7 +124,14 @@ async def measure_path(folder: Path) -> float:
     metrics, link = Metrics(), Loopback()
     fleet = Fleet([MODEL], StreamTable(), link, metrics, time.monotonic)
     gate = Gate(MODEL, 0, lambda: STREAMS, time.monotonic)
-    owners = (fleet, Admission([gate]), metrics, FlowSettings(), time.monotonic)
+    owners = (
+        fleet,
+        Admission([gate]),
+        metrics,
+        FlowSettings(),
+        Quarantine(time.monotonic),
+        time.monotonic,
+    )
     flow, embed_flow = Flow(*owners), EmbedFlow(*owners)
     pool = TextPool()
     app = build_app(Parts(ModelTable([model]), flow, embed_flow, pool, metrics, AlwaysWell()))

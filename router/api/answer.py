@@ -19,7 +19,8 @@ from starlette.types import Send
 
 from router.api.http import send_bytes, send_json
 from router.api.sse import DONE, PING, ChunkTemplate, EventStream
-from router.flow import First, Job, Progress, RequestRecord
+from router.flow import First, Job, Progress
+from router.record import RequestRecord
 from router.text.assembly import Entry, FinishReason
 from router.text.scanner import Delta
 

@@ -31,8 +31,8 @@ from router.errors import (
     SlowClient,
     error_body,
 )
-from router.flow import RequestRecord
 from router.metrics import Metrics
+from router.record import RequestRecord
 
 REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
 

@@ -16,7 +16,8 @@ from router.api.intake import SMALL_BYTES
 from router.api.schemas import GenerationRequest, asks_for_structure, decode_body
 from router.api.structured import Structured, grammar_of
 from router.errors import BadRequest, ContextLengthExceeded
-from router.flow import Flow, Job, Progress, RequestRecord
+from router.flow import Flow, Job, Progress
+from router.record import RequestRecord
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
 from router.text.tool_forms import Tool

@@ -15,7 +15,8 @@ from router.api.responses_schema import ResponsesRequest
 from router.api.runs import Change, Run, RunKind, Runs
 from router.api.sse import PING, named_event, quote
 from router.errors import RequestError, error_body
-from router.flow import Job, Progress, RequestRecord
+from router.flow import Job, Progress
+from router.record import RequestRecord
 from router.text.assembly import Entry
 
 _PREFIXES: Final[dict[RunKind, str]] = {"content": "msg", "reasoning": "rs", "call": "fc"}

@@ -187,7 +187,8 @@ def test_a_dead_engine_is_not_seen_240(folder: Path, tmp_path: Path, stream: boo
 
 
 def test_a_poisonous_request_is_quarantined(folder: Path) -> None:
-    rule = {"match": {"contains": "poison"}, "reply": DIGITS, "faults": [{"kind": "crash"}]}
+    fault = {"kind": "crash", "how": "segv"}
+    rule = {"match": {"contains": "poison"}, "reply": DIGITS, "faults": [fault]}
     with serve("--models", str(folder), "--gpus", "cpu,cpu", script=script(rule)) as server:
         answer = post(server, "poison")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "request_quarantined")

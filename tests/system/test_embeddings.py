@@ -242,9 +242,8 @@ def test_a_killed_engine_costs_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_text_that_kills_is_quarantined(folder: Path) -> None:
-    script = {
-        "rules": [{"match": {"contains": "poison"}, "faults": [{"kind": "crash"}]}, {"match": "*"}]
-    }
+    fault = {"kind": "crash", "how": "segv"}
+    script = {"rules": [{"match": {"contains": "poison"}, "faults": [fault]}, {"match": "*"}]}
     words = ("--models", f"{CHAT}={folder}", "--gpus", "cpu,cpu")
     with serve(*words, script=script) as server:
         answer = post(server, model=CHAT, input=["fine", "poison", "fine too"])

@@ -154,7 +154,7 @@ async def test_loss_and_continuation_on_the_other_replica() -> None:
     w.say(tokens(1, stream, 7, 8))
     assert w.fleet.lose(0, "signal") == [stream]
     delta = stream.take()
-    assert (delta.lost, delta.tokens, stream.deaths, w.state()) == (True, [7, 8], 1, "dead")
+    assert (delta.lost, delta.tokens, stream.is_suspect, w.state()) == (True, [7, 8], True, "dead")
     assert w.fleet.submit(stream, 1, Placement())
     stream.reopen()
     message = w.link.last()
@@ -210,7 +210,7 @@ async def test_an_abort_not_asked_for_gives_the_stream_back() -> None:
     w.ready()
     stream = w.submit()
     w.say(tokens(1, stream, end=Finish(stream.id, "abort")))
-    assert (stream.lost, stream.deaths) == (True, 0)
+    assert (stream.lost, stream.is_suspect) == (True, False)
 
 
 async def test_a_second_end_is_ignored() -> None:
@@ -232,7 +232,7 @@ async def test_no_progress_with_work_is_a_hang() -> None:
     assert w.state() == "serving"
     w.now += 0.1
     w.fleet.tick(HANG_S)
-    assert (w.state(), stream.lost, stream.deaths) == ("hung", True, 1)
+    assert (w.state(), stream.lost, stream.is_suspect) == ("hung", True, True)
     assert "no progress" in w.fleet.replicas[0].reason
 
 
@@ -481,7 +481,7 @@ async def test_a_hand_over_takes_the_streams_away_without_a_death() -> None:
     assert message.ids == (first.id, second.id)
     assert (w.state(0), w.fleet.serving_count("m")) == ("draining", 1)
     for stream in (first, second):
-        assert (stream.loss, stream.deaths, stream.replica) == ("handed_over", 0, None)
+        assert (stream.loss, stream.suspicion.weight, stream.replica) == ("handed_over", 0, None)
     w.say(tokens(1, first, 8))  # on its way when the abort was sent
     w.say(Ready(1, protocol.PROTOCOL_VERSION, LIMITS))
     assert (first.tokens, w.state(0)) == ([7], "draining")

@@ -21,7 +21,8 @@ from router.errors import (
     Quarantined,
     RequestTimeout,
 )
-from router.flow import Job, Progress, RequestRecord, choice_seed
+from router.flow import Job, Progress, choice_seed
+from router.record import RequestRecord
 from router.text.assembly import TextRules
 from router.text.stops import StopStrings
 from router.waiting import FlowSettings

@@ -26,7 +26,8 @@ from router.api.messages_schema import MessagesRequest
 from router.api.responses_answer import ResponseForm
 from router.api.responses_schema import ResponsesRequest
 from router.errors import EngineFailed
-from router.flow import Job, Progress, RequestRecord
+from router.flow import Job, Progress
+from router.record import RequestRecord
 from router.text.assembly import FinishReason, Piece, TextRules
 from router.text.model import load_text
 from router.text.scanner import Delta

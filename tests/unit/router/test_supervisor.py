@@ -112,7 +112,7 @@ class Book:
     def start(self, index: int, epoch: int, identity: bytes) -> None:
         self.told.append(("start", index, epoch, identity))
 
-    def lose(self, index: int, reason: str) -> list[Stream]:
+    def lose(self, index: int, reason: str, *, outside: bool = False) -> list[Stream]:
         self.told.append(("lose", index, reason))
         return []
 

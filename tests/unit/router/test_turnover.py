@@ -176,7 +176,7 @@ async def test_without_memory_for_both_old_replicas_make_room(
     s.plans.words[1] = f"m={b}"
     reload = asyncio.ensure_future(s.turnover.reload())
     await until(lambda: stream.lost)  # replica 1 made room; a flow would go on on replica 0
-    assert stream.deaths == 0
+    assert stream.suspicion.weight == 0
     s.fleet.close(stream)
     await reload
     assert s.machines.most == 2
