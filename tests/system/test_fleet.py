@@ -1,4 +1,4 @@
-"""Engines that die, hang and babble, behind a router that goes on."""
+"""Engines that die, hang and babble, behind a router that goes on; see also test_continuation."""
 
 from __future__ import annotations
 
@@ -75,31 +75,6 @@ def test_kill_9_of_an_engine_costs_nobody_anything(start: Start) -> None:
     assert router.complete("after").json()["choices"][0]["text"] == TEXT[:16]
 
 
-def test_kill_9_of_the_only_engine(start: Start) -> None:
-    router = start(script=script())
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(streamed, router) for _ in range(2)]
-        wait_streaming(router, 2)
-        os.kill(router.engine_pid(0), signal.SIGKILL)
-        router.wait_for("engine_died")
-        newcomer = pool.submit(streamed, router, "new")  # waits for the restart
-        for future in [*running, newcomer]:
-            assert text_of(future.result(100)) == TEXT
-
-
-def test_a_frozen_engine_is_replaced(start: Start) -> None:
-    router = start("--hang-timeout", "1", script=script(), gpus="cpu,cpu")
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(streamed, router) for _ in range(4)]
-        wait_streaming(router, 4)
-        os.kill(router.engine_pid(0), signal.SIGSTOP)
-        for future in running:
-            assert text_of(future.result(100)) == TEXT
-    (report,) = router.wait_for("engine_died")
-    assert report["cause"] == "hang"
-    assert "no progress" in report["reason"]
-
-
 def test_a_frozen_idle_engine_is_replaced(start: Start) -> None:
     router = start("--hang-timeout", "1", script=script(), gpus="cpu,cpu")
     assert router.url
@@ -156,18 +131,6 @@ def test_an_id_out_of_range_costs_that_request_only(start: Start) -> None:
     assert plain.status_code == 500
     assert plain.json()["error"]["code"] == "internal_error"
     assert router.events("engine_died") == []
-
-
-def test_a_request_that_kills_engines_is_stopped(start: Start) -> None:
-    rule = {"match": {"contains": "poison"}, "faults": [{"kind": "crash", "how": "segv"}]}
-    router = start(script=script(rule), gpus="cpu,cpu")
-    answer = router.complete("poison")
-    assert answer.status_code == 500
-    assert answer.json()["error"]["code"] == "request_quarantined"
-    reports = router.wait_for("engine_died", 2)
-    assert [report["cause"] for report in reports] == ["signal", "signal"]
-    router.wait_for("engine_ready", 4)
-    assert router.complete("fine", max_tokens=5).status_code == 200
 
 
 @pytest.mark.slow
