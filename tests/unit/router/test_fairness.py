@@ -52,7 +52,7 @@ def test_r20_a_short_request_waits_for_two_others_at_most(size: int) -> None:
         waited = 0
         while line.pop().tenant != b"light":
             waited += 1
-        assert waited * size <= 2 * (size + QUANTUM)
+        assert waited * size <= 2 * (size + 64)  # and not a thousand tokens
 
 
 def test_r20_a_request_far_larger_than_a_turn_costs_no_time_to_find() -> None:
