@@ -45,6 +45,10 @@ class QueueBounds(NamedTuple):
         """Whether a request of `more` tokens has no room. One alone always fits by its tokens."""
         return requests >= self.requests or (requests > 0 and tokens + more > self.tokens)
 
+    def least_step_s(self, tokens: int) -> float:
+        """How far apart returning requests of `tokens` must be for a second's to fit together."""
+        return 1.0 / max(1.0, min(self.requests, self.tokens / max(1, tokens)))
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -86,14 +90,15 @@ class ServiceRate:
         span_s = max(now - self._served[0][0], 1e-3)
         return sum(tokens for _, tokens in list(self._served)[1:]) / span_s
 
-    def retry_after_s(self, now: float, waiting: int, tokens: int) -> int:
+    def retry_after_s(self, now: float, waiting: int, tokens: int, least_step_s: float = 0) -> int:
         """Whole seconds, at least 1, until a slot for `tokens` that no one else was promised.
 
         `waiting` tokens are in the queue. Each refusal takes the next free slot, so that a crowd
-        comes back spread over time.
+        comes back spread over time; slots are `least_step_s` apart, as all those of one second
+        come back at once, and must find room.
         """
         rate = self.tokens_per_s(now)
-        step_s = 1.0 if rate is None else tokens / rate
+        step_s = 1.0 if rate is None else max(tokens / rate, least_step_s)
         ahead_s = 0.0 if rate is None else waiting / rate / 2
         latest_s = now + MAX_RETRY_AFTER_S
         # half the queue must be gone, else a client comes back to a queue that is full again
@@ -261,7 +266,8 @@ class Gate:
         )
 
     def _retry_after_s(self, ticket: Ticket) -> int:
-        return self._rate.retry_after_s(self._clock(), self._line.tokens, ticket.tokens)
+        step_s = self._bounds.least_step_s(ticket.tokens)
+        return self._rate.retry_after_s(self._clock(), self._line.tokens, ticket.tokens, step_s)
 
     def _leave(self, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
         self._left_s = self._clock()

@@ -270,3 +270,15 @@ async def test_r19_a_wait_that_took_too_long_is_told_when_to_return() -> None:
     assert caught.value.retry_after_s >= 1
     end.set()
     await holder
+
+
+def test_r19_no_more_are_told_to_return_in_one_second_than_there_is_room_for() -> None:
+    """Retry-After is in whole seconds, so they come in bunches."""
+    bounds = QueueBounds(8, 1000)
+    for tokens, room in ((10, 8), (500, 2)):
+        rate = ServiceRate()
+        for i in range(20):
+            rate.served(i / 1000, 1000)  # very fast
+        step_s = bounds.least_step_s(tokens)
+        told = [rate.retry_after_s(0.02, 80, tokens, step_s) for _ in range(40)]
+        assert max(told.count(second) for second in set(told)) <= room
