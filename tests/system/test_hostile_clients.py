@@ -107,7 +107,7 @@ def few_run(server: Server) -> bool:
 
 
 async def test_r12_slow_readers_do_not_fill_the_router(fake: Server) -> None:
-    """They get what the sockets hold; what is made beyond that is theirs up to a bound in bytes."""
+    """Here the sockets hold most; where the router must, see tests/unit/router/test_slow_readers.py."""
     router = psutil.Process(fake.process.pid)
     data = request_bytes(
         fake.url, {"prompt": "flood", "max_tokens": 4000, "ignore_eos": True, "stream": True}
