@@ -86,7 +86,7 @@ def test_from_nothing_to_an_answer(start: Start, hub: StubHub, tmp_path: Path, s
     assert hub.requests == []
 
 
-def test_kill_9_in_the_middle(start: Start, hub: StubHub, tmp_path: Path) -> None:
+def test_r32_kill_9_in_the_middle(start: Start, hub: StubHub, tmp_path: Path) -> None:
     hub.hold["model.safetensors"] = HELD_BYTES
     env = environment(hub, tmp_path)
     router = start("--models", "org/tiny", env=env)
@@ -115,7 +115,7 @@ def test_a_signal_in_the_middle(
     assert partial_bytes(tmp_path) >= HELD_BYTES
 
 
-def test_two_routers_and_one_empty_cache(start: Start, hub: StubHub, tmp_path: Path) -> None:
+def test_r32_two_routers_and_one_empty_cache(start: Start, hub: StubHub, tmp_path: Path) -> None:
     hub.hold["model.safetensors"] = HELD_BYTES
     env = environment(hub, tmp_path)
     first = start("--models", "org/tiny", env=env)
@@ -128,7 +128,7 @@ def test_two_routers_and_one_empty_cache(start: Start, hub: StubHub, tmp_path: P
     assert second.events("download_started") == []
 
 
-def test_a_damaged_file_ends_the_command(start: Start, hub: StubHub, tmp_path: Path) -> None:
+def test_r32_a_damaged_file_ends_the_command(start: Start, hub: StubHub, tmp_path: Path) -> None:
     content = hub.repositories["org/tiny"]["model.safetensors"]
     hub.served["model.safetensors"] = content[:-8] + bytes(8)
     router = start("--models", "org/tiny", env=environment(hub, tmp_path))

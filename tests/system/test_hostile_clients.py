@@ -1,4 +1,4 @@
-"""R10 to R13, R28, R29: clients that leave, vanish, do not read or drip, beside some that behave.
+"""R10 to R14, R28, R29: clients that leave, vanish, do not read or drip, beside some that behave.
 
 Figures (gaps, lags) are printed, and asserted only where a machine ten times slower would pass.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,7 @@ def few_run(server: Server) -> bool:
 
 
 async def test_r12_slow_readers_do_not_fill_the_router(fake: Server) -> None:
-    """Here the sockets hold most; where the router must, see tests/unit/router/test_slow_readers.py."""
+    """The sockets hold most here; the router must in tests/unit/router/test_slow_readers.py."""
     router = psutil.Process(fake.process.pid)
     data = request_bytes(
         fake.url, {"prompt": "flood", "max_tokens": 4000, "ignore_eos": True, "stream": True}
@@ -158,6 +159,63 @@ async def test_r13_heads_that_drip(fake: Server) -> None:
     assert client.failures == []
     assert probe.failures == []
     assert min(closed_s) > 5
+
+
+MALFORMED = (
+    b"\r\n\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"G\x00T / HTTP/1.1\r\n\r\n",
+    b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n",
+    b"GET http:///:::/ HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET //[::1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"CONNECT example:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
+    b"Content-Length: 4\r\n\r\n{}  ",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+    b"Content-Type: application/json\r\n\r\nZZ\r\n{}\r\n0\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+)
+
+
+async def test_r14_what_is_no_proper_http_is_refused_in_the_usual_form(fake: Server) -> None:
+    """No crash, no 5xx, and no engine hears of it; what is no HTTP may also just be cut off."""
+    submitted = fake.metric("router_request_success_total")
+
+    async def send(data: bytes) -> bytes:
+        async with connected(fake.url) as (reader, writer):
+            writer.write(data)
+            writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                return await reader.read()
+        return b""
+
+    async with asyncio.timeout(LIMIT_S), probing(fake.url) as probe:
+        answers = [await send(data) for data in MALFORMED]
+        await asyncio.sleep(0.2)
+    for data, answer in zip(MALFORMED, answers, strict=True):
+        for part in answer.split(b"HTTP/1.1 ")[1:]:
+            if part.startswith(b"100"):
+                continue
+            head, _, body = part.partition(b"\r\n\r\n")
+            assert head[:1] == b"4", (data, part)
+            assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, data
+    assert sum(bool(answer) for answer in answers) > len(MALFORMED) / 2
+    assert probe.failures == []
+    assert fake.metric("router_request_success_total") == submitted
+    assert not any("Traceback" in line for line in fake.lines)
 
 
 async def test_r28_the_event_loop_s_lag(fake: Server) -> None:

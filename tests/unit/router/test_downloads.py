@@ -417,7 +417,7 @@ def test_repositories_without_a_model(hub: StubHub, tmp_path: Path) -> None:
     assert "only .h5, .json, .md" in refused(hub, tmp_path)
 
 
-def test_a_full_disk(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r32_a_full_disk(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=70_000_000))
         hub.repositories["org/big"] = {**hub.repositories["org/tiny"], "model.safetensors": b""}
