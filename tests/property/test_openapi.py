@@ -195,7 +195,7 @@ def operations(document: dict[str, Any], mode: GenerationMode) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["sensible", "described", "wrong"])
-def test_requests_made_from_our_own_document(service: Service, kind: str) -> None:
+def test_r14_requests_made_from_our_own_document(service: Service, kind: str) -> None:
     """What programs send, everything that fits the description, and what doesn't fit it."""
     mode = GenerationMode.NEGATIVE if kind == "wrong" else GenerationMode.POSITIVE
     document = with_names(service.document, list(service.router.model.names))
