@@ -4,7 +4,8 @@ Owns the socket's reading, the number of connections that descriptors allow, and
 around it. Must not know routes or engines.
 
 A process without descriptors can neither serve nor refuse: uvloop then resets whoever waits. So
-connections end at a limit below; beyond it each gets a 503 with Retry-After from one of the few
+connections end at a limit below. Beyond it those that only wait for another request make room, the
+longest first; where none does, a newcomer gets a 503 with Retry-After from one of the few
 descriptors kept for that, and more than these wait in the kernel's queue until one of them is free.
 """
 
@@ -39,6 +40,7 @@ REFUSED_LOG_S: Final = 10.0
 RESERVE: Final = 64  # for log, wire, pipes, model files, downloads
 RESERVE_PER_ENGINE: Final = 8
 FEWEST: Final = 8
+SURPLUS: Final = 16  # connections beyond the limit while others close, within the reserve
 
 
 def connection_limit(descriptors: int, num_engines: int) -> int:
@@ -78,19 +80,19 @@ def url_of(listener: socket.socket) -> str:
 
 
 class Acceptor:
-    """Hands each new connection to `adopt`, unless `count()` says that there are enough."""
+    """Hands each new connection to `adopt`, while `has_room()`; refuses the others."""
 
     def __init__(
         self,
         listener: socket.socket,
         adopt: Callable[[socket.socket], None],
-        count: Callable[[], int],
+        has_room: Callable[[], bool],
         limit: int,
     ) -> None:
         self.refused = 0
         self._listener = listener
         self._adopt = adopt
-        self._count = count
+        self._has_room = has_room
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._farewells: dict[socket.socket, asyncio.TimerHandle] = {}
@@ -142,10 +144,10 @@ class Acceptor:
                     return
                 continue  # that client left again
             client.setblocking(False)
-            if self._count() >= self._limit:
-                self._refuse(client)
-            else:
+            if self._has_room():
                 self._adopt(client)
+            else:
+                self._refuse(client)
 
     def _refuse(self, client: socket.socket) -> None:
         """Its answer, and time to read it: a close at once would take the answer away again."""
@@ -251,15 +253,25 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
         """Takes connections from now on."""
         await super().startup(sockets=[])
-        self._acceptor = Acceptor(
-            self._listener, self._adopt, lambda: self.connections, self._limit
-        )
+        self._acceptor = Acceptor(self._listener, self._adopt, self._has_room, self._limit)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
         """Takes no more, and asks those that are there to end."""
         if self._acceptor is not None:
             self._acceptor.close()
         await super().shutdown(sockets=[self._listener])
+
+    def _has_room(self) -> bool:
+        """One more fits in, if need be in the place of one that only waits for its next request."""
+        if self.connections < self._limit:
+            return True
+        if self.connections >= self._limit + SURPLUS:  # those told to leave are not gone yet
+            return False
+        here = [c for c in self.server_state.connections if isinstance(c, Connection)]
+        waiting = [c for c in here if c.timeout_keep_alive_task is not None]
+        if waiting:
+            min(waiting, key=_waits_until_s).shutdown()
+        return bool(waiting)
 
     def _adopt(self, client: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -279,6 +291,11 @@ class HttpServer(uvicorn.Server):
             app_state=self.lifespan.state,
             _loop=asyncio.get_running_loop(),
         )
+
+
+def _waits_until_s(connection: Connection) -> float:
+    timer = connection.timeout_keep_alive_task
+    return float("inf") if timer is None else timer.when()
 
 
 def open_descriptors() -> dict[str, int]:

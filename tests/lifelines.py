@@ -212,8 +212,8 @@ def kill_router_once(folder: Path, rng: Random, limit_s: float = 60.0) -> Kill:
         router.popen.kill()
         killed_s = time.monotonic()
         router.wait()
-        engines = marked_engines(router.runtime)
-        left = wait_gone(engines, limit_s)
+        engines = {*marked_engines(router.runtime), *router.engine_pids}
+        left = wait_gone(sorted(engines), limit_s)
         return Kill(killed_s - begin_s, len(engines), time.monotonic() - killed_s, left)
     finally:
         for client in clients:

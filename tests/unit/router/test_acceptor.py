@@ -18,7 +18,11 @@ from tests.router_process import until
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-async def hello(_scope: Any, _receive: Any, send: Any) -> None:
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/long":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
     headers = [(b"content-length", b"2")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"ok"})
@@ -35,6 +39,14 @@ async def serving(limit: int) -> AsyncIterator[tuple[HttpServer, int]]:
         finally:
             server.should_exit = True
             await task
+
+
+async def begin(port: int, number: int) -> list[asyncio.StreamWriter]:
+    """Requests that have to wait for their answers."""
+    writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(number)]
+    for writer in writers:
+        writer.write(GET.replace(b"/ ", b"/long "))
+    return writers
 
 
 async def ask(port: int) -> tuple[bytes, asyncio.StreamWriter]:
@@ -63,8 +75,8 @@ def test_descriptors_are_counted() -> None:
 
 async def test_beyond_the_limit_is_503_until_somebody_leaves() -> None:
     async with serving(limit=3) as (server, port):
-        admitted = [await ask(port) for _ in range(3)]
-        assert all(b"200 OK" in head for head, _ in admitted)
+        admitted = await begin(port, 3)
+        await until(lambda: server.answering == 3)
         refused = [await ask(port) for _ in range(2 * FAREWELLS)]  # more than may say goodbye
         for head, writer in refused:
             assert head.startswith(b"HTTP/1.1 503 ")
@@ -72,7 +84,7 @@ async def test_beyond_the_limit_is_503_until_somebody_leaves() -> None:
             assert b"connection: close" in head.lower()
             writer.close()
         assert (server.connections, server.refused) == (3, 2 * FAREWELLS)
-        for _, writer in admitted:
+        for writer in admitted:
             writer.close()
         await until(lambda: server.connections == 0)
         head, writer = await ask(port)
@@ -82,7 +94,8 @@ async def test_beyond_the_limit_is_503_until_somebody_leaves() -> None:
 
 async def test_refused_clients_that_stay_do_not_stop_it() -> None:
     async with serving(limit=1) as (server, port):
-        _, admitted = await ask(port)
+        (admitted,) = await begin(port, 1)
+        await until(lambda: server.answering == 1)
         staying = [await ask(port) for _ in range(FAREWELLS)]
         head, late = await ask(port)  # once the first of them is given up
         assert b"503" in head
@@ -108,3 +121,16 @@ async def test_it_recovers_from_having_no_descriptor_at_all() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         await until(lambda: server.connections == 1)
         client.close()
+
+
+async def test_who_only_waits_for_another_request_makes_room() -> None:
+    """Idle connections of many clients must not keep a new one out until they time out."""
+    async with serving(limit=3) as (server, port):
+        idle = [await ask(port) for _ in range(3)]
+        await until(lambda: server.answering == 0)
+        newcomers = [await ask(port) for _ in range(2 * FAREWELLS)]
+        assert all(b"200 OK" in head for head, _ in newcomers)
+        assert server.refused == 0
+        await until(lambda: server.connections <= 3)
+        for _, writer in (*idle, *newcomers):
+            writer.close()
