@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Final, NamedTuple
 
 TURN_S: Final = 1.0  # between two looks at the server
-PATIENCE_S: Final = 30.0  # asked for while it starts or stops, anew in every turn
+PATIENCE_US: Final = 30_000_000  # asked for while it starts or stops, anew in every turn
 VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -51,8 +51,8 @@ class Notifier:
         self.tell(READY=1)
 
     def stopping(self) -> None:
-        """The end has begun."""
-        self.tell(STOPPING=1)
+        """The end has begun, and may take its time."""
+        self.tell(STOPPING=1, EXTEND_TIMEOUT_USEC=PATIENCE_US)
 
     def status(self, text: str) -> None:
         """One line for people, if it is news."""
@@ -79,7 +79,7 @@ class Notifier:
             now = condition()
             self.status(now.status)
             if now.phase != "ready":
-                self.tell(EXTEND_TIMEOUT_USEC=round(PATIENCE_S * 1e6))
+                self.tell(EXTEND_TIMEOUT_USEC=PATIENCE_US)
             if self.watchdog_s and now.alive:
                 self.tell(WATCHDOG=1)
             await asyncio.sleep(turn_s)

@@ -220,7 +220,9 @@ class ServiceManager:
 def test_the_service_manager_is_told(start: Start, tmp_path: Path) -> None:
     manager = ServiceManager(tmp_path)
     env = {"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "2000000"}
-    router = start("--drain-timeout", "1", script={**SLOW, "load_s": 2}, env=env)
+    config = tmp_path / "router.toml"
+    config.write_text("drain-timeout = 1\n")
+    router = start("--config", str(config), script={**SLOW, "load_s": 2}, env=env)
     manager.wait_for("STATUS=starting: 0 of 1 engines serve")
     manager.wait_for("EXTEND_TIMEOUT_USEC=")
     manager.wait_for("READY=1")
@@ -230,10 +232,13 @@ def test_the_service_manager_is_told(start: Start, tmp_path: Path) -> None:
     environ = Path(f"/proc/{router.engine_pid(0)}/environ").read_text()
     assert "NOTIFY_SOCKET" not in environ
     client = begin(router, 1, max_tokens=2000)[0]
+    router.signal(signal.SIGHUP)
+    manager.heard.clear()
+    manager.wait_for("RELOADING=1\nMONOTONIC_USEC=")
+    manager.wait_for("READY=1")
     router.signal(signal.SIGTERM)
     manager.heard.clear()
-    manager.wait_for("STOPPING=1")
-    manager.wait_for("EXTEND_TIMEOUT_USEC=")
+    manager.wait_for("STOPPING=1\nEXTEND_TIMEOUT_USEC=")
     client.finish()
     assert router.wait() == 0
     manager.close()

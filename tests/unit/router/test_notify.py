@@ -61,7 +61,7 @@ def test_each_message_is_heard(manager: ServiceManager) -> None:
     assert status == {"STATUS": "busy"}
     assert reloading["RELOADING"] == "1"
     assert int(reloading["MONOTONIC_USEC"]) >= before_us
-    assert stopping == {"STOPPING": "1"}
+    assert stopping == {"STOPPING": "1", "EXTEND_TIMEOUT_USEC": "30000000"}
     notifier.close()
     notifier.ready()
     assert manager.heard() == []
