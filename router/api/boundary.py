@@ -34,7 +34,7 @@ from router.errors import (
 from router.metrics import Metrics
 from router.record import RequestRecord
 
-REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # others are replaced
 
 
 class Boundary:

@@ -21,11 +21,12 @@ _ALLOWED: Final = ("%ignore", "%import")
 _TOKEN: Final = re.compile(
     r"""
     (?P<comment>//[^\n]*|\#[^\n]*)
-    | (?P<string>"(?:[^"\\\n]|\\.)*")
-    | (?P<pattern>/(?:[^/\\\n]|\\.)+/)
-    | (?P<special><[^>\s]*>)
+    | (?P<string>"(?:[^"\\\n]|\\.)*+")
+    | (?P<pattern>/(?:[^/\\\n]|\\.)++/)
+    | (?P<unclosed>["/].*)
+    | (?P<special><[^<>\s]*>)
     | (?P<directive>%\w+)
-    | (?P<rule>^[?!]*\w+[^\s:"/<]*\s*:)
+    | (?P<rule>^[?!]*+\w++[^\s:"/<]*+\s*+:)
     | (?P<open>[(\[])
     | (?P<close>[)\]])
     """,
@@ -60,6 +61,8 @@ def check_lark(text: str) -> None:
     depth = rules = 0
     for token in _TOKEN.finditer(text):
         kind = token.lastgroup
+        if kind == "unclosed":  # up to the end of the line: no look for each
+            raise GrammarError("The grammar is not valid: a text or pattern is not closed.")
         if kind == "special":
             raise GrammarError("A grammar cannot name special tokens (<...>).")
         if kind == "directive" and token.group() not in _ALLOWED:

@@ -38,7 +38,7 @@ _STEPS_PER_LOOK = 256  # at the clock
 _BUDGET = "router.budget"  # no identifier: templates can neither read nor replace it
 _LEFT_OUT = ("pprint", "random", "urlize", "xmlattr")  # filters that no chat template needs
 _TEXT_MAKERS = frozenset(("format", "join", "replace", "string", "tojson"))
-_WIDE_FORMAT = re.compile(r"\d{6}|%[^a-zA-Z%]*\*|:[^}]*\{")
+_WIDE_FORMAT = re.compile(r"\d{6}|%[^a-zA-Z%]*\*|:[^}:]*\{")
 
 
 class TemplateRefused(TemplateError):

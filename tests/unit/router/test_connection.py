@@ -88,12 +88,12 @@ async def test_a_head_that_comes_behind_a_large_body(port: int) -> None:
     ],
     ids=["bytes", "count", "path"],
 )
-async def test_large_heads_S6(port: int, head: bytes) -> None:
+async def test_s6_large_heads(port: int, head: bytes) -> None:
     answer = await talk(port, head)
     assert refusal(answer) == (431, "headers_too_large")
 
 
-async def test_endless_heads_S6(port: int) -> None:
+async def test_s6_endless_heads(port: int) -> None:
     line = b"X-%d: " + b"a" * 8000 + b"\r\n"
     answer = await talk(port, GET, *(line % i for i in range(40)))
     assert answer == b"" or refusal(answer) == (431, "headers_too_large")

@@ -172,7 +172,7 @@ def test_errors_of_the_template() -> None:
 LOOPS = "{% for i in range(900) %}{% for j in range(900) %}{% endfor %}{% endfor %}"
 
 
-async def test_a_template_may_not_hold_the_event_loop_S8() -> None:
+async def test_s8_a_template_may_not_hold_the_event_loop() -> None:
     program = Program(LOOPS + "{{ x }}")
     with pytest.raises(TakesLong):
         program.render({"x": "a"})

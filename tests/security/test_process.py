@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,33 +12,12 @@ import httpx
 import psutil
 import pytest
 
-from tests.router_process import RouterProcess, starting
+from tests.router_process import RouterProcess
 
 PAGE = "https://chat.example"
-KEYS = {"ROUTER_API_KEY": "sk-secret-one\nsk-secret-two"}
-KEYED = {"authorization": "Bearer sk-secret-one"}
 
 
-@pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    make = starting(tmp_path_factory.mktemp("secure"))
-    umask = os.umask(0)  # the most careless one
-    try:
-        router = next(make)("--cors-origins", PAGE, script={}, env=KEYS)
-        assert router.url
-    finally:
-        os.umask(umask)
-    yield router
-    next(make, None)
-
-
-@pytest.fixture
-def client(router: RouterProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=router.url, headers=KEYED, trust_env=False, timeout=60) as client:
-        yield client
-
-
-def test_private_sockets_and_one_port_S2(router: RouterProcess) -> None:
+def test_s2_private_sockets_and_one_port(router: RouterProcess) -> None:
     paths = [router.runtime, *router.runtime.rglob("*")][1:]
     assert paths
     assert all(path.stat().st_mode & 0o077 == 0 for path in paths if path.is_dir())
@@ -56,7 +34,7 @@ def test_private_sockets_and_one_port_S2(router: RouterProcess) -> None:
     assert len({address.port for address in listening}) == 1
 
 
-def test_keys_are_nowhere_to_be_seen_S5_S22(router: RouterProcess, client: httpx.Client) -> None:
+def test_s5_s22_keys_are_nowhere_to_be_seen(router: RouterProcess, client: httpx.Client) -> None:
     wrong = {"authorization": "Bearer sk-secret-three"}
     assert client.get("/v1/models", headers=wrong).status_code == 401
     assert client.get("/v1/models", headers={"x-api-key": "sk-secret-two"}).status_code == 200
@@ -66,7 +44,7 @@ def test_keys_are_nowhere_to_be_seen_S5_S22(router: RouterProcess, client: httpx
         assert "sk-secret" not in " ".join(child.cmdline())
 
 
-def test_pages_220_221_S15(router: RouterProcess, client: httpx.Client) -> None:
+def test_s15_pages_220_221(router: RouterProcess, client: httpx.Client) -> None:
     preflight = {
         "origin": PAGE,
         "access-control-request-method": "POST",
@@ -85,7 +63,7 @@ def test_pages_220_221_S15(router: RouterProcess, client: httpx.Client) -> None:
     assert refused.headers["access-control-allow-origin"] == PAGE
 
 
-def test_what_answers_tell_of_the_server_S14_S19(client: httpx.Client) -> None:
+def test_s14_s19_what_answers_tell_of_the_server(client: httpx.Client) -> None:
     for path in ("/v1/models", "/nowhere", "/v1/completions", "/docs", "/health"):
         answer = client.get(path)
         assert "server" not in answer.headers
@@ -96,7 +74,7 @@ def test_what_answers_tell_of_the_server_S14_S19(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "\x1b[31mred", "x\u2028y", "\x00", "é" * 3000])
-def test_logs_stay_lines_S13(router: RouterProcess, client: httpx.Client, text: str) -> None:
+def test_s13_logs_stay_lines(router: RouterProcess, client: httpx.Client, text: str) -> None:
     before = len(router.log.splitlines())
     answer = client.post("/v1/completions", json={"model": text, "prompt": text, "user": text})
     assert answer.status_code == 404
@@ -108,7 +86,7 @@ def test_logs_stay_lines_S13(router: RouterProcess, client: httpx.Client, text: 
         assert len(line) < 5000
 
 
-def test_a_body_without_end_189_S6(router: RouterProcess, client: httpx.Client) -> None:
+def test_s6_a_body_without_end_189(router: RouterProcess, client: httpx.Client) -> None:
     process = psutil.Process(router.popen.pid)
     before = process.memory_info().rss
 
@@ -128,7 +106,7 @@ def test_a_body_without_end_189_S6(router: RouterProcess, client: httpx.Client) 
     assert client.get("/v1/models").status_code == 200
 
 
-def test_large_heads_S6(router: RouterProcess) -> None:
+def test_s6_large_heads(router: RouterProcess) -> None:
     port = int(router.url.rpartition(":")[2])
     for head in (
         b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
@@ -139,7 +117,7 @@ def test_large_heads_S6(router: RouterProcess) -> None:
             assert b" 431 " in connection.recv(4096)
 
 
-def test_absurd_bodies_end_as_refusals_S6(router: RouterProcess, client: httpx.Client) -> None:
+def test_s6_absurd_bodies_end_as_refusals(router: RouterProcess, client: httpx.Client) -> None:
     headers = {"content-type": "application/json"}
     chat = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}],'
     bodies: list[bytes] = [

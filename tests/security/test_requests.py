@@ -105,7 +105,7 @@ async def test_a_key_beyond_ascii_opens(make: Make) -> None:
         assert (await ask(router, {"authorization": f"Bearer {sent}"})).status == 200
 
 
-async def test_two_spellings_of_a_key_are_one_tenant_S17(make: Make) -> None:
+async def test_s17_two_spellings_of_a_key_are_one_tenant(make: Make) -> None:
     async with make(Access(KEYS)) as router:
         for headers in (
             {"authorization": "Bearer first"},
@@ -117,7 +117,7 @@ async def test_two_spellings_of_a_key_are_one_tenant_S17(make: Make) -> None:
         assert one == same != other
 
 
-async def test_every_registered_route_is_closed_S4(make: Make) -> None:
+async def test_s4_every_registered_route_is_closed(make: Make) -> None:
     async with make(Access(KEYS)) as router:
         boundary: Any = router.app
         for route in boundary._app.routes:
@@ -148,7 +148,7 @@ PREFLIGHT = {
 }
 
 
-async def test_closed_by_default_S15(make: Make) -> None:
+async def test_s15_closed_by_default(make: Make) -> None:
     async with make(Access()) as router:
         assert cors(await ask(router, {"origin": PAGE})) == {}
         answer = await call(router.app, "OPTIONS", "/v1/chat/completions", headers=PREFLIGHT)
@@ -181,7 +181,7 @@ async def test_a_strange_page_gets_no_preflight(make: Make) -> None:
 
 
 @pytest.mark.parametrize("asked", ["a\nb", "é", "x" * 20_000 + ":", ", ,", "a;b"])
-async def test_only_names_of_headers_are_repeated_S14(make: Make, asked: str) -> None:
+async def test_s14_only_names_of_headers_are_repeated(make: Make, asked: str) -> None:
     async with make(Access((), ("*",))) as router:
         headers = {**PREFLIGHT, "access-control-request-headers": asked}
         answer = await call(router.app, "OPTIONS", "/v1/models", headers=headers)
@@ -253,7 +253,7 @@ def test_origins_and_hosts_of_the_configuration() -> None:
         ("\xff", 403),
     ],
 )
-async def test_a_page_that_names_itself_is_refused_S15(make: Make, host: str, status: int) -> None:
+async def test_s15_a_page_that_names_itself_is_refused(make: Make, host: str, status: int) -> None:
     async with make(Access(hosts=("localhost", "llm.example"))) as router:
         answer = await ask(router, {"host": host})
         assert answer.status == status
@@ -280,7 +280,7 @@ def body_of(**fields: Any) -> bytes:
         ["é,[", "\U0001f600{"],
     ],
 )
-def test_a_body_is_counted_as_it_is_S6(pad: int, value: Any) -> None:
+def test_s6_a_body_is_counted_as_it_is(pad: int, value: Any) -> None:
     for ascii_only in (True, False):
         body = json.dumps({"pad": "x" * pad, "value": value}, ensure_ascii=ascii_only).encode()
         *_, shape = shapes_so_far(body)
@@ -330,7 +330,7 @@ def test_whatever_comes_is_cut_and_counted(body: bytes, size: int) -> None:
         ("foo", MAX_VALUES, "1"),
     ],
 )
-async def test_objects_of_a_body_S6(router: Router, field: str, most: int, item: str) -> None:
+async def test_s6_objects_of_a_body(router: Router, field: str, most: int, item: str) -> None:
     raw = body_of(**{field: "@"}).replace(b'"@"', b"[" + b",".join([item.encode()] * most) + b",1]")
     answer = await call(router.app, "POST", "/v1/chat/completions", raw=raw)
     assert (answer.status, answer.json()["error"]["code"]) == (413, "request_too_large")
@@ -340,7 +340,7 @@ async def test_objects_of_a_body_S6(router: Router, field: str, most: int, item:
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 @pytest.mark.parametrize("field", ["foo", "chat_template_kwargs", "tools", "tool_choice"])
 @pytest.mark.parametrize("pad", [0, 2 * SMALL_BYTES])
-async def test_depth_S6(router: Router, opening: str, field: str, pad: int) -> None:
+async def test_s6_depth(router: Router, opening: str, field: str, pad: int) -> None:
     closing = "]" if opening == "[" else "}"
 
     async def nested(depth: int) -> Answer:
@@ -365,7 +365,7 @@ async def test_broken_json_is_no_depth(router: Router) -> None:
     assert answer.json()["error"]["message"].startswith("The body is not valid JSON")
 
 
-async def test_twenty_thousand_messages_S6(router: Router) -> None:
+async def test_s6_twenty_thousand_messages(router: Router) -> None:
     answer = await ask(router, {}, messages=CHAT["messages"] * 20_000)
     assert (answer.status, answer.json()["error"]["param"]) == (400, "messages")
 
@@ -395,7 +395,7 @@ async def test_twenty_thousand_messages_S6(router: Router) -> None:
         ("/detokenize", {"tokens": [1] * 1_000_001}, "tokens"),
     ],
 )
-async def test_fields_S6(router: Router, path: str, fields: dict[str, Any], param: str) -> None:
+async def test_s6_fields(router: Router, path: str, fields: dict[str, Any], param: str) -> None:
     body = {**(CHAT if path.startswith("/v1/chat") else {"model": MODEL}), **fields}
     answer = await call(router.app, "POST", path, body)
     assert answer.status in (400, 404)
@@ -405,7 +405,7 @@ async def test_fields_S6(router: Router, path: str, fields: dict[str, Any], para
 
 
 @pytest.mark.parametrize("name", ["../etc", "/etc/passwd", "file:///x", "a\x00b", "x" * 10_000, ""])
-async def test_a_model_name_is_only_a_key_S11(router: Router, name: str) -> None:
+async def test_s11_a_model_name_is_only_a_key(router: Router, name: str) -> None:
     answer = await ask(router, {}, model=name)
     assert (answer.status, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert not name or name.encode() not in answer.body
@@ -416,13 +416,13 @@ async def test_a_model_name_is_only_a_key_S11(router: Router, name: str) -> None
 @pytest.mark.parametrize(
     "name", ["messages", "tools", "bos_token", "add_generation_prompt", "raise_exception", "range"]
 )
-async def test_template_variables_are_not_replaced_S7(router: Router, name: str) -> None:
+async def test_s7_template_variables_are_not_replaced(router: Router, name: str) -> None:
     answer = await ask(router, {}, chat_template_kwargs={name: "x"})
     assert (answer.status, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
     assert (await ask(router, {}, chat_template="{{ 1 }}")).status == 400
 
 
-def test_public_addresses_need_keys_S3() -> None:
+def test_s3_public_addresses_need_keys() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", ""):
         with pytest.raises(ValueError, match="--insecure-no-auth"):
             resolve(Options(host=host))
