@@ -18,6 +18,8 @@ import threading
 import time
 from typing import Final
 
+from router.folding import Folding
+
 MAX_FIELD_CHARS: Final = 1000
 QUEUE_LINES: Final = 10_000
 BATCH_LINES: Final = 200  # written at once, so that a slow disk is asked less often
@@ -156,6 +158,7 @@ class BackgroundLines(logging.Handler):
     def __init__(self, file: LogFile, capacity: int = QUEUE_LINES) -> None:
         super().__init__()
         self._file = file
+        self._folding = Folding()
         self._lines: queue.Queue[str | None] = queue.Queue(capacity)
         self._unqueued = 0  # counted by the callers
         self._unwritten = 0  # by the thread
@@ -173,7 +176,8 @@ class BackgroundLines(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.write(self.format(record))
+        for told in self._folding.push(record, time.monotonic()):
+            self.write(self.format(told))
 
     def write(self, line: str) -> None:
         """Queues one finished line; never waits."""
@@ -190,6 +194,8 @@ class BackgroundLines(logging.Handler):
 
     def stop(self, timeout_s: float = 1.0) -> None:
         """Writes what is queued, for at most `timeout_s`."""
+        for told in self._folding.rest():
+            self.write(self.format(told))
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=timeout_s)
         self._thread.join(timeout_s)
