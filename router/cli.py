@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from router import planning
     from router.admission import Admission, Gate
     from router.config import RouterConfig
+    from router.devices import Card
     from router.embed_flow import EmbedFlow
     from router.flow import Flow
     from router.link import IpcLink
@@ -108,13 +109,21 @@ def check(invocation: Invocation, environ: Mapping[str, str]) -> int:
         if model.checkpoint.facts.encoder:
             cache = "no KV cache"
         out.append(
-            f"{names} on {replica.device}: {engine.dtype}{layers}, "
+            f"{names} on {_place(replica.device, plan.cards)}: {engine.dtype}{layers}, "
             f"weights {_mb(engine.weights_bytes)}{_here(model)}, {cache}, "
             f"{engine.max_len} tokens per request, in all {_mb(engine.total_bytes)}"
         )
     out += map(_ways, filter(lambda model: model.template is not None, models))
     sys.stdout.write("\n".join([*out, "all of this fits; nothing was started", ""]))
     return 0
+
+
+def _place(device: str, cards: Mapping[str, Card]) -> str:
+    """The device, with all that tells a card from others."""
+    card = cards.get(device)
+    if card is None:
+        return device
+    return f"GPU {card.number} ({card.uuid}, {card.name}, {_mb(card.free_bytes)} free)"
 
 
 def _ways(model: ServedModel) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from router.errors import EXIT_UNAVAILABLE, StartError
+from router.errors import EXIT_UNAVAILABLE, EXIT_USAGE, StartError
 
 QUERY_LIMIT_S = 10.0
+NO_DEVICES = ("-1", "none", "void", "NoDevFiles")  # how masks say that there is none
 
 
 class Card(NamedTuple):
@@ -25,21 +27,34 @@ class Card(NamedTuple):
 
 
 def find_cards(dev: Path = Path("/dev"), tool: str = "nvidia-smi") -> list[Card]:
-    """All GPUs of this machine; costs nothing where there are none."""
-    command = shutil.which(tool)
-    if command is None or not (any(dev.glob("nvidia[0-9]*")) or (dev / "dxg").exists()):
+    """All GPUs of this machine; costs nothing where there are none.
+
+    Raises StartError 69 where there are some and their driver does not tell: a model must not run
+    on the CPU because of that.
+    """
+    if not (any(dev.glob("nvidia[0-9]*")) or (dev / "dxg").exists()):
         return []
     query = "--query-gpu=index,uuid,name,memory.free"
     try:
         answer = subprocess.run(
-            [command, query, "--format=csv,noheader,nounits"],
+            [shutil.which(tool) or tool, query, "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=QUERY_LIMIT_S,
             check=True,
         )
-    except (OSError, subprocess.SubprocessError):
-        return []
+    except (OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, subprocess.TimeoutExpired):
+            how = f"did not answer within {QUERY_LIMIT_S:g} s"
+        elif isinstance(error, subprocess.CalledProcessError):
+            how = f"failed with exit code {error.returncode}"
+        else:
+            how = "cannot be run"
+        raise StartError(
+            f"this machine has a GPU, but {Path(tool).name} {how}: repair the driver, "
+            "or give --gpus cpu",
+            EXIT_UNAVAILABLE,
+        ) from error
     return parse_cards(answer.stdout)
 
 
@@ -60,23 +75,40 @@ def choose_devices(
     """The devices to use: "cpu", or what CUDA_VISIBLE_DEVICES takes.
 
     Nothing asked: all cards (of `visible`, an inherited CUDA_VISIBLE_DEVICES), else one CPU.
-    Raises StartError 69 for a card that is not there.
+    Raises StartError: 69 for a card that is not there, 64 for one that is named twice.
     """
     if not asked:
-        known = [card.number for card in cards]
-        if visible is not None:
-            masked = [entry.strip() for entry in visible.split(",") if entry.strip()]
-            known = [entry for entry in masked if _find(entry, cards)]
-        return tuple(known) or ("cpu",)
-    for device in asked:
-        if device != "cpu" and not _find(device, cards):
+        masked = [entry.strip() for entry in (visible or "").split(",") if entry.strip()]
+        if visible is None or not masked or masked[0] in NO_DEVICES:
+            return tuple(card.number for card in cards if visible is None) or ("cpu",)
+        _check(masked, cards, "CUDA_VISIBLE_DEVICES")
+        return tuple(masked)
+    _check(asked, cards, "--gpus")
+    return asked
+
+
+def _check(names: Sequence[str], cards: list[Card], who: str) -> None:
+    named: set[str] = set()
+    for name in names:
+        card = _find(name, cards)
+        if name != "cpu" and card is None:
             have = ", ".join(card.number for card in cards) or "none"
             raise StartError(
-                f"--gpus: there is no GPU '{device}' on this machine (found: {have}); "
-                "name one of those, or 'cpu'",
+                f"{who}: there is no GPU '{name}' on this machine (found: {have}); "
+                "name one of those, or give --gpus cpu",
                 EXIT_UNAVAILABLE,
             )
-    return asked
+        if card is not None and card.uuid in named:
+            raise StartError(
+                f"{who} names one card twice, as '{name}' and by its other name", EXIT_USAGE
+            )
+        named |= {card.uuid} if card else set()
+
+
+def cards_by_name(devices: Iterable[str], cards: list[Card]) -> dict[str, Card]:
+    """The card that each device means. An engine is told its UUID: indices move when one fails."""
+    found = {device: _find(device, cards) for device in devices}
+    return {device: card for device, card in found.items() if card is not None}
 
 
 def free_bytes_of(device: str, cards: list[Card]) -> int:

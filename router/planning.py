@@ -19,7 +19,14 @@ from typing import Final, NamedTuple
 
 from engine.config import EngineConfig, QuantName
 from router.config import Placement, RouterConfig, place
-from router.devices import Card, choose_devices, engine_sizes, find_cards, free_bytes_of
+from router.devices import (
+    Card,
+    cards_by_name,
+    choose_devices,
+    engine_sizes,
+    find_cards,
+    free_bytes_of,
+)
 from router.downloads.hubs import hubs_of
 from router.engine_process import EngineSpec
 from router.errors import EXIT_CONFIG, EXIT_USAGE, StartError
@@ -41,6 +48,7 @@ class Plan(NamedTuple):
     models: list[ModelSource]
     replicas: list[Placement]
     engines: list[EnginePlan]
+    cards: Mapping[str, Card]  # by the names of devices
 
 
 class PlannedEngine(NamedTuple):
@@ -79,6 +87,7 @@ class _Layout(NamedTuple):
     models: list[ModelSource]
     replicas: list[Placement]
     free_bytes: dict[str, int]  # of the devices that are known
+    cards: dict[str, Card]
 
 
 def make_plan(config: RouterConfig, environ: Mapping[str, str], *, download: bool = True) -> Plan:
@@ -89,7 +98,7 @@ def make_plan(config: RouterConfig, environ: Mapping[str, str], *, download: boo
     layout = _lay_out(config, environ, download)
     demands = _demands(config, layout.models, layout.replicas)
     memory = plan_memory(demands, layout.free_bytes)
-    return Plan(layout.models, layout.replicas, list(memory.engines))
+    return Plan(layout.models, layout.replicas, list(memory.engines), layout.cards)
 
 
 def plan_models(
@@ -116,7 +125,7 @@ def plan_models(
     ]
     fitted = iter(_fit(_demands(config, layout.models, missing), layout.free_bytes, leaving))
     plans = [next(fitted) if engine is None else engine.plan for engine in kept]
-    plan = Plan(layout.models, layout.replicas, plans)
+    plan = Plan(layout.models, layout.replicas, plans, layout.cards)
     planned: list[PlannedModel] = []
     for position, wanted in enumerate(models):
         served = _as_before(wanted, running) or served_model(config, plan, position)
@@ -131,7 +140,10 @@ def plan_models(
 
 def lack(engines: Sequence[EnginePlan], device: str) -> str:
     """Why these engines do not fit into the memory that `device` has free now, or ""."""
-    cards = [] if device == "cpu" else find_cards()
+    try:
+        cards = [] if device == "cpu" else find_cards()
+    except StartError as error:
+        return error.message
     free = _free_bytes([device], cards).get(device)
     needed = sum(engine.total_bytes for engine in engines)
     if free is None or needed <= free:
@@ -151,7 +163,8 @@ def _lay_out(config: RouterConfig, environ: Mapping[str, str], download: bool) -
     except ValueError as error:
         raise StartError(str(error), EXIT_USAGE) from error
     models, replicas = _merge(_sources(config, environ, download), placements)
-    return _Layout(models, replicas, _free_bytes(devices, cards))
+    known = cards_by_name(devices, cards)
+    return _Layout(models, replicas, _free_bytes(devices, cards), known)
 
 
 def _devices_of(layout: _Layout, position: int) -> tuple[str, ...]:
@@ -356,9 +369,9 @@ def make_engine(
         prefix_cache=options.prefix_cache,
         text_ids=_text_ids(source, served),
     )
-    environment = engine_environment(
-        {**site.environ, "PATH": path}, threads=threads, device=replica.device
-    )
+    card = plan.cards.get(replica.device)
+    device = replica.device if card is None else card.uuid
+    environment = engine_environment({**site.environ, "PATH": path}, threads=threads, device=device)
     command = options.command or (sys.executable, *DEFAULT_ENGINE)
     spec = EngineSpec(source.names[0], command, environment, orders)
     return PlannedEngine(replica.device, engine, spec)

@@ -1,4 +1,4 @@
-"""A router over a scripted engine that most tests here share, and routers of their own for others."""
+"""A router over a scripted engine that most tests here share, others for the rest."""
 
 from __future__ import annotations
 

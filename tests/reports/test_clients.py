@@ -10,6 +10,7 @@ import concurrent.futures
 import json
 import socket
 import struct
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -72,9 +73,10 @@ def test_a9_huge_prompts_are_not_felt_by_others(shared: RouterProcess) -> None:
                 slowest_s = max(slowest_s, time.monotonic() - begin_s)
             assert asked.result().status_code in (400, 413), path
         longest_s = max(stream.result(60).longest_s for stream in streams)
-    print(
+    told = (
         f"A9: longest gap {longest_s * 1e3:.0f} ms, slowest /health/live {slowest_s * 1e3:.0f} ms"
     )
+    sys.stdout.write(told + "\n")
     assert max(longest_s, slowest_s) < 10
     assert shared.metric("router_event_loop_lag_max_seconds") < 10
 
@@ -162,7 +164,9 @@ def test_a14_work_ends_with_its_client(
         made = narrow.metric("router_engine_generated_tokens_total")
         (line,) = narrow.wait_for("request", lines + 1, HANG_S)[lines:]
         assert line["finish"] == "none"
-        assert (line.get("completion_tokens", 0) > 0) == (phase == "decode")  # what was made is counted
+        assert (line.get("completion_tokens", 0) > 0) == (
+            phase == "decode"
+        )  # what was made is counted
         assert narrow.metric("router_engine_generated_tokens_total") == made
     assert line["status"] == 499
     connection.close()

@@ -54,7 +54,6 @@ def test_no_card_means_one_cpu_unless_one_was_asked_for() -> None:
 def test_nothing_is_run_where_there_is_no_device(tmp_path: Path) -> None:
     assert find_cards(tmp_path, tool="false") == []
     (tmp_path / "nvidia0").touch()
-    assert find_cards(tmp_path, tool="false") == []
     tool = tmp_path / "smi"
     tool.write_text("#!/bin/sh\necho 0, GPU-1, Card, 1000\n")
     tool.chmod(0o755)
