@@ -42,6 +42,15 @@ RESERVE_PER_ENGINE: Final = 8
 FEWEST: Final = 8
 SURPLUS: Final = 16  # connections beyond the limit while others close, within the reserve
 
+# A client whose machine or network vanished says nothing: after a minute without an answer to the
+# kernel's own questions, or two with what was sent not taken, it is gone as if it had hung up.
+_VANISHED: Final = (
+    ("TCP_KEEPIDLE", 30),
+    ("TCP_KEEPINTVL", 10),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", 120_000),
+)
+
 
 def connection_limit(descriptors: int, num_engines: int) -> int:
     """How many connections may be open, so that everything else always finds a descriptor."""
@@ -64,6 +73,10 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _VANISHED:  # connections inherit them; not every system has all
+            if hasattr(socket, name):
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         listener.bind((host, port))
         listener.listen(BACKLOG)
         listener.setblocking(False)

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from router.acceptor import bind
 from tests.router_parts import MODEL, Answer, Play, Router, call, router_parts, text_play
 from tests.router_process import RouterProcess, Start
 from tests.serving import wait_for
@@ -170,6 +171,19 @@ def test_a14_work_ends_with_its_client(
         assert narrow.metric("router_engine_generated_tokens_total") == made
     assert line["status"] == 499
     connection.close()
+
+
+def test_a14_the_kernel_asks_after_clients_that_say_nothing() -> None:
+    """So a machine that vanished is a client that left; connections inherit it."""
+    with bind("127.0.0.1", 0) as listener:
+        listener.setblocking(True)
+        with socket.create_connection(listener.getsockname()) as _, listener.accept()[0] as met:
+            assert met.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            ask_s = met.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            again_s = met.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            times = met.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+            assert ask_s + again_s * times <= 60
+            assert met.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
 # -- A16: one request id for many requests
