@@ -364,7 +364,7 @@ def crowd(chance: random.Random) -> Driver:
     return driver
 
 
-def test_ten_thousand_aborts_leak_nothing() -> None:
+def test_a15_ten_thousand_aborts_leak_nothing() -> None:
     """sglang#36475 and imp#1115: a disconnect, or every request, that keeps a block for ever."""
     chance = random.Random(0)
     driver = Driver(make_limits(num_blocks=24, max_batch=6), step_tokens=16)

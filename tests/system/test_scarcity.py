@@ -44,7 +44,7 @@ async def one_client(port: int, tokens: int) -> str:
     return "served" if answer.rstrip().endswith(b"0") and b"[DONE]" in answer else "cut"
 
 
-async def test_r24_too_many_clients_for_the_descriptors(start: Start) -> None:
+async def test_r24_a23_too_many_clients_for_the_descriptors(start: Start) -> None:
     router = start(script=SLOW, shell="ulimit -n 256")
     port = int(router.url.rpartition(":")[2])
     limits = router.events("descriptors")[0]

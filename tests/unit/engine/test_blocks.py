@@ -195,7 +195,7 @@ def test_forgotten_blocks_are_blank_once_released() -> None:
     assert pool.num_cached == 1  # the tail, which can be found no more, ages
 
 
-def test_reclaim_heals_a_leak_and_tells_its_size() -> None:
+def test_a15_reclaim_heals_a_leak_and_tells_its_size() -> None:
     pool = pool_of(4)
     cache(pool, TEXT)
     assert pool.acquire(match(pool, TEXT[:4]), 2, 0)

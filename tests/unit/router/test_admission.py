@@ -224,7 +224,7 @@ async def test_a_full_queue_drops_from_the_key_that_fills_it() -> None:
     assert one.view() == ("m", 0, 0, 1)
 
 
-async def test_one_keys_crowd_does_not_hold_up_another() -> None:
+async def test_a28_one_keys_crowd_does_not_hold_up_another() -> None:
     one = gate(1, max_queue=200)
     end = asyncio.Event()
     holder = asyncio.create_task(hold(one, end))

@@ -21,7 +21,7 @@ def test_one_tenants_line_goes_by_priority_then_arrival() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(100, 100), (100, 3000), (20_000, 50)])
-def test_shares_are_equal_in_tokens(sizes: tuple[int, int]) -> None:
+def test_a28_shares_are_equal_in_tokens(sizes: tuple[int, int]) -> None:
     """R20: within 10 % over a long run, whatever the sizes of the requests."""
     line = Line()
     served = dict.fromkeys((b"a", b"b"), 0)
