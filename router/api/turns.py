@@ -46,11 +46,10 @@ class Turns:
             self._open_turn().texts += texts
             return
         self._close_turn()
-        if role == "user" and self._joins_users and self._user:
-            self._user += texts
-            self._messages[-1] = ChatMessage(role="user", content=content_of(self._user))
+        if role == "user" and self._joins_users:
+            self._user += texts  # made a message once, when it is over
             return
-        self._user = list(texts) if role == "user" else []
+        self._close_user()
         self._messages.append(ChatMessage(role=role, content=content_of(texts)))
 
     def think(self, text: str) -> None:
@@ -66,17 +65,18 @@ class Turns:
     def result(self, call_id: str, text: str) -> None:
         """What a call gave."""
         self._close_turn()
-        self._user = []
+        self._close_user()
         self._messages.append(ChatMessage(role="tool", content=text, tool_call_id=call_id))
 
     @property
     def messages(self) -> list[ChatMessage]:
         """All of them, complete."""
         self._close_turn()
+        self._close_user()
         return self._messages
 
     def _open_turn(self) -> _Turn:
-        self._user = []
+        self._close_user()
         if self._turn is None:
             self._turn = _Turn()
         return self._turn
@@ -85,6 +85,11 @@ class Turns:
         if self._turn is not None:
             self._messages.append(self._turn.message())
             self._turn = None
+
+    def _close_user(self) -> None:
+        if self._user:
+            self._messages.append(ChatMessage(role="user", content=content_of(self._user)))
+            self._user = []
 
 
 def content_of(texts: list[str]) -> str | list[ContentPart]:

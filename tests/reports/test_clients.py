@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from router.acceptor import bind
+from router.api.turns import Turns
 from tests.router_parts import MODEL, Answer, Play, Router, call, router_parts, text_play
 from tests.router_process import RouterProcess, Start
 from tests.serving import wait_for
@@ -80,6 +81,17 @@ def test_a9_huge_prompts_are_not_felt_by_others(shared: RouterProcess) -> None:
     sys.stdout.write(told + "\n")
     assert max(longest_s, slowest_s) < 10
     assert shared.metric("router_event_loop_lag_max_seconds") < 10
+
+
+def test_a9_many_small_parts_take_linear_time() -> None:
+    """Adjacent user texts are gathered once: each for itself would be 200 million steps."""
+    turns = Turns(joins_users=True)
+    begin_s = time.monotonic()
+    for _ in range(20_000):
+        turns.say("user", [""])
+    (message,) = turns.messages
+    assert len(message.content or "") == 20_000
+    assert time.monotonic() - begin_s < 5
 
 
 # -- A14: clients that leave
