@@ -6,7 +6,7 @@ Owns nothing but references. Must not know the JSON of any route.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
@@ -144,7 +144,7 @@ class Generations:
                 code="chat_template_missing",
             )
 
-        num_chars = sum(len(message["content"]) for message in messages)
+        num_chars = sum(map(_chars_of, messages))
         listed = [tool.listed() for tool in tools]
         num_chars += len(msgspec.json.encode(listed)) if listed else 0
         _refuse_endless(model, num_chars, param="messages")
@@ -186,6 +186,12 @@ class Generations:
     def run(self, job: Job) -> AsyncGenerator[list[Progress], None]:
         """The life of the job; see `Flow.generate`."""
         return self._flow.generate(job)
+
+
+def _chars_of(message: Mapping[str, Any]) -> int:
+    """How much text a message holds, also in its calls and its thinking."""
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return len(message["content"]) + (len(msgspec.json.encode(more)) if more else 0)
 
 
 def _refuse_endless(model: ServedModel, num_chars: int, *, param: str) -> None:

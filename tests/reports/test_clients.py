@@ -11,6 +11,7 @@ import json
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import pytest
 
 from router.acceptor import bind
 from router.api.turns import Turns
+from router.text.template import ChatTemplate
 from tests.router_parts import MODEL, Answer, Play, Router, call, router_parts, text_play
 from tests.router_process import RouterProcess, Start
 from tests.serving import wait_for
@@ -92,6 +94,45 @@ def test_a9_many_small_parts_take_linear_time() -> None:
     (message,) = turns.messages
     assert len(message.content or "") == 20_000
     assert time.monotonic() - begin_s < 5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {
+            "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "f", "arguments": 0}}
+            ]
+        },
+        {"reasoning_content": 0},
+    ],
+)
+async def test_a9_calls_and_thinking_count_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """A short content beside long arguments is no short text, to be worked on in the loop."""
+    threads: list[int] = []
+    render = ChatTemplate.render_tokens
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.get_ident())
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(ChatTemplate, "render_tokens", noting)
+    user = {"role": "user", "content": "hi"}
+    for size, inline in ((10, True), (5000, False), (20_000_000, None)):
+        text = json.dumps({"a": "x" * size}) if "tool_calls" in more else "x" * size
+        told = json.loads(json.dumps(more).replace(": 0", ": " + json.dumps(text)))
+        messages = [user, {"role": "assistant", "content": "", **told}, user]
+        async with router_parts(tmp_path, lambda _: text_play("x"), max_len=20_000) as router:
+            body = {"model": MODEL, "messages": messages}
+            answer = await call(router.app, "POST", "/v1/chat/completions", body)
+        if inline is None:
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+            assert threads == []
+        else:
+            assert answer.status == 200
+            assert (threads.pop() == threading.get_ident()) is inline
 
 
 # -- A14: clients that leave
