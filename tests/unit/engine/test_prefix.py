@@ -50,7 +50,7 @@ def test_a_full_block_is_found_by_its_whole_history(index: PrefixIndex) -> None:
     assert index.find(index.extend(root, packed(2, 2)), root, packed(2, 2)) is None
 
 
-def test_a_digest_that_collides_is_no_hit(
+def test_s18_a_digest_that_collides_is_no_hit(
     index: PrefixIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens and parent are compared, so that even a broken hash cannot give a wrong answer."""

@@ -150,7 +150,7 @@ def test_safetensors_header(tmp_path: Path) -> None:
         lambda path: write_safetensors(path, {"a": entry("F32", [1], 4, 8)}, bytes(8)),
     ],
 )
-def test_hostile_safetensors(tmp_path: Path, write: Callable[[Path], object]) -> None:
+def test_s10_hostile_safetensors(tmp_path: Path, write: Callable[[Path], object]) -> None:
     file = tmp_path / "bad.safetensors"
     write(file)
     with pytest.raises(StartError, match=r"bad\.safetensors") as caught:
