@@ -39,7 +39,11 @@ def listening_on(router: RouterProcess) -> str:
         return ""
 
     def inodes() -> set[str]:
-        return {os.readlink(each) for each in Path(f"/proc/{router.popen.pid}/fd").iterdir()}
+        found: set[str] = set()
+        for each in Path(f"/proc/{router.popen.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(each))
+        return found
 
     router.wait_for("engine_loading")
     wait_for(lambda: bool(url()), HANG_S)
