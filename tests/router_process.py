@@ -19,6 +19,8 @@ from typing import Any
 
 import httpx
 
+from tools.tiny_model import write_tiny_model
+
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_ENGINE = ROOT / "tools" / "fake_engine.py"
 START_S = 60.0
@@ -218,10 +220,7 @@ async def until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
 def tiny_model(folder: Path) -> Path:
     """A model folder with one token per byte."""
     path = folder / "tiny"
-    if not path.exists():
-        words = [sys.executable, str(ROOT / "tools" / "tiny_model.py"), str(path)]
-        subprocess.run(words, check=True, capture_output=True)
-    return path
+    return path if path.exists() else write_tiny_model(path)
 
 
 def free_port() -> int:

@@ -1,8 +1,12 @@
-"""SmolLM2 in a real engine at temperature 1, under 200 schemas: whatever it says is valid."""
+"""SmolLM2 in a real engine at temperature 1, under 200 schemas: whatever it says is valid.
+
+Every second schema is played; all of them with HYPOTHESIS_PROFILE=ci or night.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -20,13 +24,15 @@ from tests.sampling import Sampler
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAX_NEW = 80
+EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") in ("ci", "night") else 2
 PATIENCE_S = 500.0
 PROMPT = "Answer with a short JSON value.\n"
 
 
 def test_all_answers_satisfy_their_schemas() -> None:
     """Those that end by length are beginnings of valid ones, and few."""
-    schemas: dict[str, dict[str, Any]] = json.loads(make_schemas.PATH.read_text(encoding="utf-8"))
+    every: dict[str, dict[str, Any]] = json.loads(make_schemas.PATH.read_text(encoding="utf-8"))
+    schemas = dict(list(every.items())[::EVERY])
     grammars = [json_schema_grammar(schema) for schema in schemas.values()]
     tokenizer = load_text(demo_model()).tokenizer
     pieces = tokenizer.pieces(skip_special=True)

@@ -91,7 +91,7 @@ def test_running_requests_finish_and_newcomers_are_refused(start: Start) -> None
 
 def test_queued_requests_are_served_before_the_end(start: Start) -> None:
     router = start("--max-concurrency", "1", script=SLOW)
-    clients = begin(router, 1, max_tokens=80)  # four seconds for the others to arrive
+    clients = begin(router, 1, max_tokens=80)  # four seconds: the others come meanwhile
     clients += [Client(router, 4) for _ in range(2)]
     deadline_s = time.monotonic() + 60
     while router.metric("router_requests_waiting") < 2:

@@ -40,7 +40,8 @@ class Log(History):
     def __init__(self, expected: Mapping[Request, Answer]) -> None:
         super().__init__()
         self.num_sent = 0
-        self.num_left = 0
+        self.num_left = 0  # by clients that leave, whether or not the answer was there already
+        self.num_whole = 0  # of these, the answer was
         self.gaps: list[Span] = []  # between events of one stream
         self.answers: list[Span] = []
         self.findings: list[str] = []
@@ -125,6 +126,7 @@ class Load:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LEAVES_WITHIN_S * rng.random() ** 2):
                     failure = await read_and_forget(http, wanted)
+                self._log.num_whole += not failure
                 if failure:
                     self._log.findings.append(f"{name}, who leaves: {failure}")
                     await asyncio.sleep(REST_S)

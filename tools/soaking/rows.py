@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from tools.soaking.figures import RowResult
 from tools.soaking.hours import r27
 from tools.soaking.kills import r1, r2, r5
+from tools.soaking.overload import r10, r19
 from tools.soaking.row import Orders
 
 
@@ -22,5 +23,7 @@ ROWS: Final = {
     "R1": Row(r1, 200),
     "R2": Row(r2, 30),
     "R5": Row(r5, 20),
+    "R10": Row(r10, 10_000),
+    "R19": Row(r19, 500),
     "R27": Row(r27, 1),  # by --minutes
 }
