@@ -266,7 +266,7 @@ class Gate:
         )
 
     def _retry_after_s(self, ticket: Ticket) -> int:
-        step_s = self._bounds.least_step_s(ticket.tokens)
+        step_s = self.bounds.least_step_s(ticket.tokens)
         return self._rate.retry_after_s(self._clock(), self._line.tokens, ticket.tokens, step_s)
 
     def _leave(self, ticket: Ticket, waiter: asyncio.Future[None]) -> None:

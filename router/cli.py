@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from router.config import RouterConfig
     from router.devices import Card
     from router.embed_flow import EmbedFlow
+    from router.fleet import Fleet
     from router.flow import Flow
     from router.link import IpcLink
     from router.logs import BackgroundLines, LogFile
     from router.memory import EnginePlan
+    from router.metrics import Metrics
     from router.notify import Notifier
     from router.planning import PlannedModel, Running
     from router.roster import Planner
@@ -274,7 +276,7 @@ async def _run(
     from router.fleet import Fleet
     from router.flow import Flow
     from router.lifecycle import Hooks, Lifecycle, RunLimits
-    from router.metrics import Metrics, QueueSample
+    from router.metrics import Metrics
     from router.quarantine import Quarantine
     from router.roster import Roster, Works
     from router.streams import StreamTable
@@ -301,11 +303,11 @@ async def _run(
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, quarantine, clock)
     turnover = Turnover(roster, planner, config, _limiter(gates, admission, [flow, embed_flow]))
     life = Lifecycle(fleet, link, supervisor, admission, streams, metrics)
-    metrics.log_lines_lost.set_function(lambda: outside.lines.lost_lines)
-    metrics.add_replicas(fleet.samples)
-    metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
+    _export(metrics, outside.lines, fleet, admission)
     pool = TextPool()
     dump = StateDump(fleet, supervisor, admission, streams, clock)
+    reload = turnover.reload if config.file else None
+    hooks = Hooks(outside.notifier, dump, outside.lines.reopen, reload)
     access = Access(config.http.api_keys, config.http.cors_origins, config.http.allowed_hosts)
     operator = Operator(roster, turnover)
     parts = Parts(served, flow, embed_flow, pool, metrics, life, access, operator)
@@ -315,17 +317,21 @@ async def _run(
             build_app(parts),
             outside.listener,
             RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections),
-            Hooks(
-                outside.notifier,
-                dump,
-                outside.lines.reopen,
-                turnover.reload if config.file else None,
-            ),
+            hooks,
         )
     finally:
         looking_after.cancel()
         await asyncio.gather(looking_after, return_exceptions=True)
         pool.close()
+
+
+def _export(metrics: Metrics, lines: BackgroundLines, fleet: Fleet, admission: Admission) -> None:
+    """What is asked for at each scrape."""
+    from router.metrics import QueueSample
+
+    metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
+    metrics.add_replicas(fleet.samples)
+    metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
 
 
 def _limiter(

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Final, Literal, Protocol
 
-import msgspec
-
 from engine import protocol
 from engine.protocol import Finish, FinishReason, Limits, Sampling
 from router import logs
@@ -29,7 +27,6 @@ from router.replica import GONE, Replica, sample, unavailable, view
 from router.streams import (
     SLOW_CLIENT,
     Casualty,
-    Loss,
     Remains,
     ReplicaState,
     ReplicaView,
@@ -168,8 +165,7 @@ class Fleet:
         replica = self._replicas[index]
         if replica.state in ("starting", "serving"):
             self._change(replica, "draining", reason)
-        end = Finish(0, "abort", f"handed over: {reason}")
-        taken = self._take_away(replica, end, "handed_over")
+        taken = self._table.take_away(index, f"handed over: {reason}", "handed_over")
         if taken and replica.state == "draining":
             self._post(replica, protocol.Abort(replica.epoch, tuple(s.id for s in taken)))
 
@@ -191,19 +187,11 @@ class Fleet:
         replica.outbox.clear()
         if replica.state not in GONE or (replica.state == "hung" and not hung):
             self._change(replica, "hung" if hung else "dead", reason)
-        lost = self._take_away(replica, Finish(0, "error", f"engine lost: {reason}"), "engine_died")
+        lost = self._table.take_away(index, f"engine lost: {reason}", "engine_died")
         for stream in lost:
             stream.suspicion = stream.suspicion.after_death(len(stream.tokens), outside=outside)
             replica.casualties.append(Casualty(stream.request_id, stream.silent))
         return lost
-
-    def _take_away(self, replica: Replica, finish: Finish, loss: Loss) -> list[Stream]:
-        """All that it works on, ended as lost."""
-        streams = list(self._table.of_replica(replica.index).values())
-        for stream in streams:
-            self._table.release(stream)
-            stream.end(msgspec.structs.replace(finish, id=stream.id), loss=loss)
-        return streams
 
     def park(self, index: int, reason: str) -> None:
         """It is not started again by itself."""

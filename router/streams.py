@@ -339,6 +339,14 @@ class StreamTable:
             stream.replica = None
             self.check_trial(replica)
 
+    def take_away(self, replica: int, detail: str, loss: Loss) -> list[Stream]:
+        """All that `replica` works on, ended as lost, to go on elsewhere."""
+        streams = list(self.of_replica(replica).values())
+        for stream in streams:
+            self.release(stream)
+            stream.end(Finish(stream.id, "error", detail), loss=loss)
+        return streams
+
     def wake_unplaced(self) -> None:
         """Whoever waits for a replica looks again."""
         for stream in self._streams.values():

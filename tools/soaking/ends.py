@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from tests.lifelines import Kill, kill_router_once
-
 from tools.soaking.figures import RowResult, exactly, noted
 from tools.soaking.router import paced
 from tools.soaking.row import Orders
