@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from router.api import shapes
 from router.api.admin import Health, Models, Status, Tokens, installed_version
-from router.api.auth import AnthropicRoute, GuardedRoute, KeyCheck, guarded
+from router.api.auth import AdminCheck, AnthropicRoute, GuardedRoute, KeyCheck, guarded
 from router.api.boundary import Boundary
 from router.api.chat import ChatCompletions
 from router.api.completions import Completions
@@ -27,6 +27,7 @@ from router.api.messages import Messages
 from router.api.messages_schema import MessagesRequest
 from router.api.models import Operator
 from router.api.openapi import About, Operation, describe
+from router.api.operator import ReplicaList, Replicas
 from router.api.origins import Cors, HostCheck
 from router.api.responses import Responses
 from router.api.responses_schema import ResponsesRequest
@@ -40,17 +41,22 @@ from router.api.schemas import (
 from router.embed_flow import EmbedFlow
 from router.flow import Flow
 from router.metrics import Metrics
+from router.operations import Operations, ReplicaRow
 from router.text.pool import TextPool
 from router.text.served import ModelTable
 
 
 class Access(NamedTuple):
     """Who may call: SHA-256 digests of `keys` (none means open), web pages by their `origins`
-    (none means none), and the `hosts` that requests may be addressed to (none means any)."""
+    (none means none), and the `hosts` that requests may be addressed to (none means any).
+
+    Who may operate: `admin_keys`, or without any key at all everybody if `admin_open`."""
 
     keys: tuple[bytes, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    admin_keys: tuple[bytes, ...] = ()
+    admin_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class Parts:
     health: Health
     access: Access = field(default_factory=Access)
     operator: Operator | None = None  # None: models do not change
+    operations: Operations | None = None  # None: nobody operates the replicas
 
 
 class Row(NamedTuple):
@@ -75,6 +82,11 @@ class Row(NamedTuple):
     endpoint: ASGIApp
     about: About
     is_open: bool
+
+    @property
+    def is_admin(self) -> bool:
+        """For operators: such a route is only ever written as one, see `_operating`."""
+        return self.path.startswith("/admin/")
 
 
 def get(path: str, endpoint: ASGIApp, about: About, *, is_open: bool = False) -> Row:
@@ -98,18 +110,21 @@ def build_app(parts: Parts) -> ASGIApp:
     ]
     description = About("This description.")
     own = get("/openapi.json", Fixed(b"", b""), description)  # described before it is written
+    access = parts.access
     operations = [
-        Operation(row.method, row.path, row.about, bool(parts.access.keys) and not row.is_open)
-        for row in [*rows, own]
+        Operation(row.method, row.path, row.about, _needs_key(row, access)) for row in [*rows, own]
     ]
     document = msgspec.json.encode(describe(operations, installed_version()))
     rows.append(get(own.path, Fixed(document, b"application/json"), description))
-    access = parts.access
     check = KeyCheck(access.keys, HostCheck(access.hosts))
+    admin = AdminCheck(access.admin_keys, check, is_open=access.admin_open)
     router = Router(
         routes=[
             (AnthropicRoute if row.about.anthropic else GuardedRoute)(
-                row.path, row.endpoint, row.method, None if row.is_open else check
+                row.path,
+                row.endpoint,
+                row.method,
+                None if row.is_open else admin if row.is_admin else check,
             )
             for row in rows
         ],
@@ -118,6 +133,12 @@ def build_app(parts: Parts) -> ASGIApp:
     router.default = guarded(router.not_found, check)
     boundary = Boundary(router, parts.metrics)
     return Cors(boundary, access.origins) if access.origins else boundary
+
+
+def _needs_key(row: Row, access: Access) -> bool:
+    if row.is_open:
+        return False
+    return bool(access.keys or (row.is_admin and access.admin_keys))
 
 
 def _generating(parts: Parts, generations: Generations) -> list[Row]:
@@ -203,17 +224,35 @@ def _asking(parts: Parts, generations: Generations) -> list[Row]:
 
 
 def _operating(parts: Parts) -> list[Row]:
-    """What changes the server itself."""
-    operator = parts.operator
-    if operator is None:
-        return []
-    every = About("Models with their engines.", answer=shapes.OperatedModels)
-    load = About("Load a model's engines.", answer=shapes.OperatedModel, errors=(404, 503))
-    unload = About("Take a model's engines away.", answer=shapes.OperatedModel, errors=(404,))
-    reload = About("Read the configuration again.", answer=shapes.Reload)
-    return [
-        get("/admin/models", operator.list, every),
-        post("/admin/models/{name:path}/load", operator.load, load),
-        post("/admin/models/{name:path}/unload", operator.unload, unload),
-        post("/admin/reload", operator.reload, reload),
-    ]
+    """What changes the server itself. Every path begins with /admin/, and only these do."""
+    rows: list[Row] = []
+    if (operator := parts.operator) is not None:
+        every = About("Models with their engines.", answer=shapes.OperatedModels, errors=(403,))
+        load = About("Load a model's engines.", answer=shapes.OperatedModel, errors=(403, 404, 503))
+        unload = About(
+            "Take a model's engines away.", answer=shapes.OperatedModel, errors=(403, 404)
+        )
+        reload = About("Read the configuration again.", answer=shapes.Reload, errors=(403,))
+        rows += [
+            get("/admin/models", operator.list, every),
+            post("/admin/models/{name:path}/load", operator.load, load),
+            post("/admin/models/{name:path}/unload", operator.unload, unload),
+            post("/admin/reload", operator.reload, reload),
+        ]
+    if parts.operations is not None:
+        replicas = Replicas(parts.operations)
+        table = About("Replicas with their processes.", answer=ReplicaList, errors=(403,))
+        drain = About(
+            "Hand a replica's work over and stop it.", answer=ReplicaRow, errors=(403, 404, 409)
+        )
+        restart = About(
+            "Hand a replica's work over and start it anew.",
+            answer=ReplicaRow,
+            errors=(403, 404, 409),
+        )
+        rows += [
+            get("/admin/replicas", replicas.list, table),
+            post("/admin/replicas/{id}/drain", replicas.drain, drain),
+            post("/admin/replicas/{id}/restart", replicas.restart, restart),
+        ]
+    return rows

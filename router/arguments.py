@@ -67,6 +67,7 @@ HELP: Final = {
     "on-fatal": "exit or wait, when an engine fails for good",
     "insecure-no-auth": "allow other addresses than loopback without any key",
     "api-key-file": "file with API keys, one a line (or the variable ROUTER_API_KEY)",
+    "admin-key-file": "file with keys for /admin alone (or the variable ROUTER_ADMIN_KEY)",
     "cors-origins": "web pages that may call this server, such as https://chat.example, or * "
     "(default: none)",
     "allowed-hosts": "names by which it may be called, * = any (default: localhost if it listens "
@@ -147,9 +148,14 @@ def parse(words: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     from_file = read_file(Path(file)) if file else {}
     options = _convert({**from_file, **values}, "--", EXIT_USAGE)
     fallback_s = _fastchat_variables(environ, notes, needed=options.request_timeout is None)
-    keys = _api_keys(options, environ)
+    keys = _keys("api-key-file", options.api_key_file, environ.get("ROUTER_API_KEY", ""))
+    admin_keys = _keys(
+        "admin-key-file", options.admin_key_file, environ.get("ROUTER_ADMIN_KEY", "")
+    )
     try:
-        config = resolve(options, api_keys=keys, fallback_timeout_s=fallback_s)
+        config = resolve(
+            options, api_keys=keys, admin_keys=admin_keys, fallback_timeout_s=fallback_s
+        )
     except ValueError as error:
         raise StartError(str(error), EXIT_USAGE) from error
     return Invocation(command, msgspec.structs.replace(config, file=file or ""), notes)
@@ -261,13 +267,13 @@ def _convert(values: dict[str, Any], prefix: str, code: int) -> Options:
         raise StartError(f"{prefix}{name} {why}: {HELP.get(name, name)}", code) from error
 
 
-def _api_keys(options: Options, environ: Mapping[str, str]) -> tuple[bytes, ...]:
-    text = environ.get("ROUTER_API_KEY", "")
-    if options.api_key_file:
+def _keys(flag: str, file: str, text: str) -> tuple[bytes, ...]:
+    """The digests of the keys in `text`, a variable's, and in the file. Raises StartError."""
+    if file:
         try:
-            text += "\n" + Path(options.api_key_file).read_text(encoding="utf-8")
+            text += "\n" + Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise StartError(f"cannot read --api-key-file: {error}", EXIT_CONFIG) from error
+            raise StartError(f"cannot read --{flag}: {error}", EXIT_CONFIG) from error
         if not key_digests(text):
-            raise StartError(f"{options.api_key_file} holds no key", EXIT_CONFIG)
+            raise StartError(f"{file} holds no key", EXIT_CONFIG)
     return key_digests(text)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from router import planning
     from router.admission import Admission, Gate
+    from router.app import Access
     from router.config import RouterConfig
     from router.devices import Card
     from router.embed_flow import EmbedFlow
@@ -270,13 +271,14 @@ async def _run(
     outside: Outside,
 ) -> int:
     from router.api.models import Operator
-    from router.app import Access, Parts, build_app
+    from router.app import Parts, build_app
     from router.dump import StateDump
     from router.embed_flow import EmbedFlow
     from router.fleet import Fleet
     from router.flow import Flow
     from router.lifecycle import Hooks, Lifecycle, RunLimits
     from router.metrics import Metrics
+    from router.operations import Operations
     from router.quarantine import Quarantine
     from router.roster import Roster, Works
     from router.streams import StreamTable
@@ -306,19 +308,15 @@ async def _run(
     _export(metrics, outside.lines, fleet, admission)
     pool = TextPool()
     dump = StateDump(fleet, supervisor, admission, streams, clock)
+    access, operator = _access(config), Operator(roster, turnover)
+    operations = Operations(fleet, supervisor, served, clock)
+    parts = Parts(served, flow, embed_flow, pool, metrics, life, access, operator, operations)
     reload = turnover.reload if config.file else None
+    bounds = RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections)
     hooks = Hooks(outside.notifier, dump, outside.lines.reopen, reload)
-    access = Access(config.http.api_keys, config.http.cors_origins, config.http.allowed_hosts)
-    operator = Operator(roster, turnover)
-    parts = Parts(served, flow, embed_flow, pool, metrics, life, access, operator)
     looking_after = asyncio.create_task(roster.run(), name="roster")
     try:
-        return await life.run(
-            build_app(parts),
-            outside.listener,
-            RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections),
-            hooks,
-        )
+        return await life.run(build_app(parts), outside.listener, bounds, hooks)
     finally:
         looking_after.cancel()
         await asyncio.gather(looking_after, return_exceptions=True)
@@ -332,6 +330,15 @@ def _export(metrics: Metrics, lines: BackgroundLines, fleet: Fleet, admission: A
     metrics.log_lines_lost.set_function(lambda: lines.lost_lines)
     metrics.add_replicas(fleet.samples)
     metrics.add_queues(lambda: [QueueSample(*view) for view in admission.views()])
+
+
+def _access(config: RouterConfig) -> Access:
+    from router.app import Access
+
+    http = config.http
+    return Access(
+        http.api_keys, http.cors_origins, http.allowed_hosts, http.admin_keys, http.admin_open
+    )
 
 
 def _limiter(

@@ -74,6 +74,7 @@ class Options(
     on_fatal: Literal["exit", "wait"] = "exit"
     insecure_no_auth: bool = False
     api_key_file: str = ""
+    admin_key_file: str = ""
     cors_origins: str | list[str] = ""
     allowed_hosts: str | list[str] = ""
 
@@ -94,7 +95,8 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the HTTP side needs. `api_keys` are SHA-256 digests; none means open.
+    """What the HTTP side needs. `api_keys` and `admin_keys` are SHA-256 digests; no API key means
+    open, no key of either kind on loopback alone means `admin_open`.
 
     `cors_origins`: web pages that may call; `allowed_hosts`: names in Host headers, none = any.
     """
@@ -102,6 +104,8 @@ class HttpConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     api_keys: tuple[bytes, ...] = ()
+    admin_keys: tuple[bytes, ...] = ()
+    admin_open: bool = False
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     metrics_names: Literal["own", "vllm"] = "own"
@@ -162,7 +166,11 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(
-    options: Options, *, api_keys: tuple[bytes, ...] = (), fallback_timeout_s: float = 0.0
+    options: Options,
+    *,
+    api_keys: tuple[bytes, ...] = (),
+    admin_keys: tuple[bytes, ...] = (),
+    fallback_timeout_s: float = 0.0,
 ) -> RouterConfig:
     """Options -> configs. `fallback_timeout_s` holds where no request time limit was given."""
     timeout_s = options.request_timeout
@@ -180,6 +188,8 @@ def resolve(
             host=options.host,
             port=options.port,
             api_keys=api_keys,
+            admin_keys=admin_keys,
+            admin_open=not api_keys and not admin_keys and _only_local(options),
             cors_origins=parse_origins(options.cors_origins),
             allowed_hosts=_allowed_hosts(options, has_keys=bool(api_keys)),
             metrics_names=options.metrics_names,
@@ -226,6 +236,12 @@ def _allowed_hosts(options: Options, *, has_keys: bool) -> tuple[str, ...]:
     if given or has_keys or options.host not in LOOPBACK:
         return (*given, "localhost") if given else ()
     return ("localhost",)
+
+
+def _only_local(options: Options) -> bool:
+    """Who sits at a machine that asks nobody for a key may also operate it; but names that were
+    allowed are those of a proxy, behind which others may sit."""
+    return options.host in LOOPBACK and not _entries(options.allowed_hosts)
 
 
 def _entries(value: str | list[str]) -> tuple[str, ...]:

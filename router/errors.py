@@ -8,10 +8,13 @@ Owns the error tree, `error_body` and `anthropic_error`. Must not know Starlette
           ContextLengthExceeded  400 context_length_exceeded
         Unauthorized           401 invalid_api_key
         HostNotAllowed         403 host_not_allowed
+        AdminOnly              403 admin_key_required
         ModelNotFound          404 model_not_found
+        ReplicaNotFound        404 replica_not_found
         RouteNotFound          404 not_found
         MethodNotAllowed       405 method_not_allowed
         BodyTimeout            408 body_timeout
+        Conflict               409 conflict
         PayloadTooLarge        413 request_too_large
         UnsupportedMediaType   415 unsupported_media_type
         RateLimited            429 slow_down
@@ -47,6 +50,7 @@ _ANTHROPIC_TYPES: Final = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
+    409: "invalid_request_error",
     413: "request_too_large",
     415: "invalid_request_error",
     429: "rate_limit_error",
@@ -127,6 +131,37 @@ class HostNotAllowed(RequestError):
         super().__init__(
             message, status=403, type="permission_error", code="host_not_allowed", param=None
         )
+
+
+class AdminOnly(RequestError):
+    """An operator's route, and no operator."""
+
+    def __init__(
+        self,
+        message: str = "Operator's routes need the admin key; the server's operator can set one "
+        "with --admin-key-file FILE or ROUTER_ADMIN_KEY.",
+    ) -> None:
+        super().__init__(
+            message, status=403, type="permission_error", code="admin_key_required", param=None
+        )
+
+
+class ReplicaNotFound(RequestError):
+    """There is no replica of that number."""
+
+    def __init__(
+        self, message: str = "There is no such replica; GET /admin/replicas lists them."
+    ) -> None:
+        super().__init__(
+            message, status=404, type="invalid_request_error", code="replica_not_found"
+        )
+
+
+class Conflict(RequestError):
+    """What is asked for is not possible in the state that things are in."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=409, type="invalid_request_error", code="conflict")
 
 
 class ModelNotFound(RequestError):

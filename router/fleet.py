@@ -180,8 +180,7 @@ class Fleet:
     def lose(
         self, index: int, reason: str, *, hung: bool = False, outside: bool = False
     ) -> list[Stream]:
-        """Its process is gone or condemned (`outside`: not by its own work): its streams end as
-        lost, and are returned."""
+        """Its process is gone or condemned (`outside`: by no work of its): its streams are lost."""
         replica = self._replicas[index]
         self._of_identity.pop(replica.identity, None)
         replica.outbox.clear()
@@ -301,9 +300,7 @@ class Fleet:
                 self._table.wake_unplaced()  # it takes work again
             works = bool(self._table.of_replica(replica.index))
             if replica.wants_ping(works, now, hang_timeout_s):
-                replica.ping_n += 1
-                replica.ping_s = now
-                self._post(replica, protocol.Ping(replica.epoch, replica.ping_n))
+                self._post(replica, replica.ping(now))
                 replica.frames.asked()
             since_s = replica.owes_since_s(works)
             if since_s is not None and now - since_s > hang_timeout_s + replica.patience_s:

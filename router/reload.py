@@ -148,6 +148,7 @@ def _fixed(config: RouterConfig) -> dict[str, object]:
         "host": http.host,
         "port": http.port,
         "api-key-file": http.api_keys,
+        "admin-key-file": http.admin_keys,
         "cors-origins": http.cors_origins,
         "allowed-hosts": http.allowed_hosts,
         "metrics-names": http.metrics_names,

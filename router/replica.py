@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from engine.protocol import Busy, Fatal, Limits, Pong, Stats
+from engine.protocol import Busy, Fatal, Limits, Ping, Pong, Stats
 from router.errors import Overloaded
 from router.frame_account import FrameAccount
 from router.metrics import ReplicaSample
@@ -85,6 +85,12 @@ class Replica:
     def owes_since_s(self, works: bool) -> float | None:
         """Since when a sign of life is due; None if none is."""
         return self.heard_s if works or self.state == "starting" else self.ping_s
+
+    def ping(self, now: float) -> Ping:
+        """The question how it is, which it owes an answer to from now on."""
+        self.ping_n += 1
+        self.ping_s = now
+        return Ping(self.epoch, self.ping_n)
 
     def wants_ping(self, works: bool, now: float, hang_timeout_s: float) -> bool:
         """It is idle, and was long enough without being asked how it is."""

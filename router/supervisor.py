@@ -168,6 +168,11 @@ class Supervisor:
         device = keeper.device or "cpu"
         return Life(pid, device, restarts, keeper.streak, tuple(keeper.crashes))
 
+    def keeps(self, index: int) -> bool:
+        """Can `restart` and `park` be asked for?"""
+        keeper = self._keepers.get(index)
+        return keeper is not None and keeper.wish != "end"
+
     # -- what is wanted
 
     def add(self, index: int, spec: EngineSpec) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from engine import protocol
+from engine.config import EngineConfig
 from engine.protocol import (
     Embedding,
     Finish,
@@ -31,11 +32,14 @@ from engine.protocol import (
 from router.admission import EMBEDDING_SHARE, Admission, Gate, QueueBounds
 from router.app import Access, Parts, build_app
 from router.embed_flow import EmbedFlow
+from router.engine_process import EngineSpec
 from router.fleet import Fleet, SendResult
 from router.flow import Flow
 from router.metrics import Metrics
+from router.operations import Operations
 from router.quarantine import Quarantine
 from router.streams import StreamTable
+from router.supervisor import Supervisor
 from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.pool import TextPool
 from router.text.pooling import PoolingRule
@@ -352,7 +356,13 @@ async def router_parts(
         engines.start(replica)
     embed_flow = EmbedFlow(fleet, admission, metrics, settings, quarantine, time.monotonic)
     access = access or Access(keys)
-    parts = Parts(served, flow, embed_flow, pool, metrics, AlwaysWell(), access)
+    config = EngineConfig(endpoint="", replica=0, epoch=0, model=MODEL)
+    specs = [EngineSpec(MODEL, ("true",), {}, config)] * replicas  # kept, but never run
+    supervisor = Supervisor(specs, fleet, metrics, on_fatal="wait", clock=time.monotonic)
+    operations = Operations(fleet, supervisor, served, time.monotonic)
+    parts = Parts(
+        served, flow, embed_flow, pool, metrics, AlwaysWell(), access, operations=operations
+    )
     app = build_app(parts)
     try:
         yield Router(app, flow, fleet, table, engines, admission, metrics, model)

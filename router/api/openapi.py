@@ -72,8 +72,10 @@ _KEYWORD_TYPES: Final = {
 _REASONS: Final = {
     400: "A field is missing, of the wrong type or out of range; `param` names it.",
     401: "No key, or none that this server knows.",
-    404: "The model is not served here.",
+    403: "Not for this key, or not for this kind of caller.",
+    404: "The model is not served here, or there is no such thing.",
     408: "The body took too long to arrive.",
+    409: "Not possible in the state that things are in.",
     413: "The body, or one part of it, is larger than this server takes.",
     415: "The body is not JSON.",
     429: "This client alone asks for too much; see Retry-After.",
@@ -180,7 +182,7 @@ def _operation(operation: Operation, path: str, refer: _Refer) -> Schema:
             "schema": {"type": "string"},
             "x-event-data": refer(about.chunk),
         }
-    statuses = {*about.errors, *(_OF_BODIES if operation.method == "POST" else ())}
+    statuses = {*about.errors, *(_OF_BODIES if about.body is not None else ())}
     if operation.needs_key:
         statuses.add(401)
     error = refer(shapes.AnthropicError if about.anthropic else shapes.Error)
@@ -207,7 +209,7 @@ def _operation(operation: Operation, path: str, refer: _Refer) -> Schema:
             {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
             for place, name in parameters
         ]
-    if operation.method == "POST":
+    if operation.method == "POST" and about.body is not None:
         body = refer(about.body)
         if about.requires:
             body = {"allOf": [body], "required": list(about.requires)}

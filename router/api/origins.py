@@ -78,6 +78,12 @@ async def _answer_preflight(scope: Scope, send: Send, allowed: Headers) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def is_foreign_page(scope: Scope) -> bool:
+    """Was it sent by a page of another origin? Browsers send a simple POST anywhere, unasked."""
+    origin = header(scope, b"origin")
+    return origin is not None and origin.partition("://")[2] != (header(scope, b"host") or "")
+
+
 class HostCheck:
     """Whom a request may call this server. Without names, anything.
 

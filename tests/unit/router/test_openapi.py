@@ -67,7 +67,7 @@ async def test_every_route_is_described(router: Router) -> None:
         for operation in item.values():
             assert operation["summary"]
     for path, item in document["paths"].items():
-        if "post" in item:
+        if "post" in item and not path.startswith("/admin/"):  # those need no body
             body = item["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert body, f"{path} does not say what it takes"
 
