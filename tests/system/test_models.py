@@ -307,7 +307,7 @@ def test_an_idle_model_sleeps_and_a_request_wakes_it(
 ) -> None:
     a, b = tiny_model(tmp_path), tiny_model_at(tmp_path / "b")
     script = {**SCRIPT, "load_s": 0.3}
-    c = make(script=script, models=f"a={a},b={b}", idle_unload=0.5)
+    c = make(script=script, models=f"a={a},b={b}", idle_unload=3.0)
     with Clients(c.router.url, "a", num=1) as clients:
         c.wait_for_state("b", "asleep")
         assert c.client.get("/health/ready").status_code == 200
