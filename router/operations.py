@@ -101,39 +101,46 @@ class Operations:
                 return row
         raise ReplicaNotFound
 
-    def drain(self, index: int) -> ReplicaRow:
+    def drain(self, index: int) -> None:
         """Its streams go elsewhere, its process ends, and none is started until `restart`.
 
-        Raises ReplicaNotFound, Conflict. Returns the replica as it was, as `restart` does.
+        Raises ReplicaNotFound, Conflict: the last one that serves a model is not drained, as there
+        is nobody to hand its streams to; an unload lets them finish.
         """
-        row = self._begin("drain", index)
+        row = self.row(index)
+        others = self._fleet.of_model(self._fleet.replica(index).model)
+        if not any(other.state == "serving" for other in others if other.index != index):
+            raise Conflict(
+                "No other replica serves this model: restart it, or unload the model, which lets "
+                "its requests finish."
+            )
+        self._begin("drain", row)
         self._fleet.hand_over(index, DRAINED)
         self._supervisor.park(index, DRAINED)
-        return row
 
-    def restart(self, index: int) -> ReplicaRow:
-        """Its streams go elsewhere, or wait for the new process that takes the old one's place."""
-        row = self._begin("restart", index)
+    def restart(self, index: int) -> None:
+        """Its streams go elsewhere, or wait for the new process that takes the old one's place.
+
+        Raises ReplicaNotFound, Conflict.
+        """
+        self._begin("restart", self.row(index))
         self._fleet.hand_over(index, RESTARTED)
         self._supervisor.restart(index, RESTARTED)
-        return row
 
-    def _begin(self, action: str, index: int) -> ReplicaRow:
-        """The replica that may be acted on, and the audit line."""
-        row = self.row(index)
-        if not self._supervisor.keeps(index):
+    def _begin(self, action: str, row: ReplicaRow) -> None:
+        """Raises Conflict for one that cannot be acted on; else leaves the audit line."""
+        if not self._supervisor.keeps(row.id):
             raise Conflict(
                 "This replica has no engine on purpose: its model sleeps or is unloaded."
             )
         logs.info(
             "operator",
             action=action,
-            replica=index,
+            replica=row.id,
             model=row.model,
             state=row.state,
             running=row.running,
         )
-        return row
 
     def _row(self, replica: Replica, sample: ReplicaSample) -> ReplicaRow:
         life = self._supervisor.life(replica.index)

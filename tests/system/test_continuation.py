@@ -1,7 +1,7 @@
-"""Engines die under load, and the history of every client is that of an undisturbed run.
+"""Engines die or are replaced under load, and every client's history is that of an undisturbed run.
 
-Rows R1, R3, R4, R5, R6 and R8 of the acceptance table with few kills, and reports A6, A7, A10, A11;
-the fake engine plays the model. N is read from the constants here; tools/soak has the long rows.
+Rows R1, R3 to R6, R8 and R17 of the acceptance table with few kills; reports A6, A7, A10, A11. The
+fake engine plays the model. N is read from the constants here; tools/soak has the long rows.
 """
 
 from __future__ import annotations
@@ -201,7 +201,77 @@ async def test_r6_a7_a_frozen_engine(start: Start) -> None:
             await until_ready(router, 3)
         (report,) = router.events("engine_died")
         assert (report["replica"], report["cause"]) == (0, "hang")
+        assert report["in_flight"] > 0
+        assert report["silent_s"] >= 4
         assert await metric(http, "router_requests_quarantined_total") == 0
+
+
+async def replica(http: httpx.AsyncClient, index: int) -> dict[str, Any]:
+    """Its row of the operator's table."""
+    rows: list[dict[str, Any]] = (await http.get("/admin/replicas")).json()["data"]
+    return next(row for row in rows if row["id"] == index)
+
+
+async def until_state(http: httpx.AsyncClient, index: int, state: str, epoch: int) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while (row := await replica(http, index))["epoch"] < epoch or row["state"] != state:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_r17_a_rolling_restart_under_load(start: Start, record_property: Any) -> None:
+    """Both replicas, one after the other, as an operator's script does it."""
+    router = start(script=script(load_s=0.3), gpus="cpu,cpu")
+    async with client_of(router) as http:
+        load = Load(http)
+        async with load.running():
+            for index in (0, 1):
+                await asyncio.sleep(0.3)
+                old = await replica(http, index)
+                began_s = time.monotonic()
+                answer = await http.post(f"/admin/replicas/{index}/restart")
+                row = answer.json()
+                assert (answer.status_code, row["state"], row["running"]) == (200, "draining", 0)
+                record_property(f"hand_over_{index}_s", time.monotonic() - began_s)
+                await until_state(http, index, "serving", old["epoch"] + 1)
+                new = await replica(http, index)
+                assert new["pid"] != old["pid"]
+                assert (new["restarts"], new["crashes_in_a_row"], new["crashes"]) == (1, 0, [])
+        moved = await metric(http, 'router_requests_migrated_total{reason="handed_over"}')
+        assert moved == await metric(http, "router_requests_migrated_total") > 0
+    assert router.events("engine_died") == []
+    assert [event["action"] for event in router.events("operator")] == ["restart"] * 2
+    record_property("longest_pause_s", load.gaps.longest_s)
+    assert load.gaps.longest_s < 30
+
+
+async def test_r17_all_are_restarted_at_once(start: Start) -> None:
+    """What no replica can take meanwhile waits, streams in their middle too."""
+    router = start(script=script(), gpus="cpu,cpu")
+    async with client_of(router) as http:
+        load = Load(http)
+        async with load.running(streaming=4, plain=1):
+            await asyncio.sleep(0.3)
+            for index in (0, 1):
+                assert (await http.post(f"/admin/replicas/{index}/restart")).is_success
+            for index in (0, 1):
+                await until_state(http, index, "serving", 2)
+    assert router.events("engine_died") == []
+
+
+async def test_r17_a_drained_replica_stays_away_until_it_is_restarted(start: Start) -> None:
+    router = start(script=script(), gpus="cpu,cpu")
+    async with client_of(router) as http:
+        load = Load(http)
+        async with load.running(streaming=4, plain=1):
+            await asyncio.sleep(0.3)
+            assert (await http.post("/admin/replicas/0/drain")).is_success
+            await until_state(http, 0, "parked", 1)
+            row = await replica(http, 0)
+            assert (row["pid"], row["reason"]) == (None, "drained by the operator")
+            assert (await http.get("/health/ready")).status_code == 200
+            assert (await http.post("/admin/replicas/0/restart")).is_success
+            await until_state(http, 0, "serving", 2)
+    assert router.events("engine_died") == []
 
 
 @pytest.mark.parametrize("at_token", [0, 5])

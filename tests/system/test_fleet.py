@@ -67,6 +67,9 @@ def test_kill_9_of_an_engine_costs_nobody_anything(start: Start) -> None:
     router.wait_for("engine_ready", 3)  # back without help
     report = router.events("engine_died")
     assert [(r["cause"], r["next"]) for r in report] == [("signal", "restart")]
+    assert report[0]["steps"] > 0
+    assert min(report[0][f"{name}_bytes"] for name in ("rss", "peak_rss", "free")) > 0
+    assert report[0]["suspects"] == ""  # each had tokens from it
     moved = report[0]["in_flight"]
     assert 3 <= moved <= 5
     assert len(report[0]["requests"].split()) == moved
@@ -134,7 +137,7 @@ def test_an_id_out_of_range_costs_that_request_only(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_a_crash_loop_beside_a_good_model(start: Start, tmp_path: Path) -> None:
+def test_r9_a_crash_loop_beside_a_good_model(start: Start, tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     faults = [{"kind": "crash", "how": "exit", "code": 9, "replica": 1}]
     models = ("--models", f"tiny={model},bad={model}")
@@ -150,6 +153,14 @@ def test_a_crash_loop_beside_a_good_model(start: Start, tmp_path: Path) -> None:
     bad = router.complete(model="bad")
     assert bad.status_code == 503
     assert "parked" in bad.json()["error"]["message"]
+    good, parked = httpx.get(f"{router.url}/admin/replicas", trust_env=False).json()["data"]
+    assert (good["state"], good["restarts"], good["crashes"]) == ("serving", 0, [])
+    assert (parked["state"], parked["pid"], parked["crashes_in_a_row"]) == ("parked", None, 5)
+    assert [crash["exit_code"] for crash in parked["crashes"]] == [9] * 5
+    httpx.post(f"{router.url}/admin/replicas/1/restart", trust_env=False).raise_for_status()
+    again = router.wait_for("engine_died", 6)[5]
+    assert (again["next"], again["cause"]) == ("restart", "exit")  # earlier crashes are forgiven
+    router.wait_for("engine_died", 7)
     assert router.popen.poll() is None
 
 

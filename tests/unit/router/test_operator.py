@@ -85,7 +85,7 @@ def bearer(key: str) -> dict[str, str]:
 async def test_s5_s20_who_may_operate(
     make: Make, access: Access, headers: dict[str, str], status: int, code: str | None
 ) -> None:
-    async with make(access) as router:
+    async with make(access, replicas=2) as router:
         for method, path in [("GET", "/admin/replicas"), *(("POST", path) for path in ACTIONS)]:
             answer = await ask(router, method, path, **headers)
             assert answer.status == status, path
@@ -150,6 +150,14 @@ async def test_r17_what_a_drained_replica_worked_on_goes_on_elsewhere(make: Make
         assert {answer.json()["choices"][0]["text"] for answer in answers} == {"ab"}
         metric = router.metrics.migrated.labels("handed_over")
         assert metric._value.get() == 2
+
+
+async def test_the_last_replica_that_serves_is_not_drained(make: Make) -> None:
+    async with make(OPEN, replicas=2) as router:
+        assert (await ask(router, "POST", ACTIONS[0])).status == 200
+        answer = await ask(router, "POST", "/admin/replicas/1/drain")
+        assert (answer.status, answer.json()["error"]["code"]) == (409, "conflict")
+        assert router.fleet.replica(1).state == "serving"
 
 
 def test_s5_admin_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
