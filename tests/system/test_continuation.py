@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from tests.router_process import RouterProcess, Start, tiny_model, until
 
 pytestmark = pytest.mark.slow
 
-KILLS = 6  # of R1: a replica that crashes five times within a minute is parked
+KILLS = 4  # of R1: each takes its back-off, and five of one replica in a minute park it
 BOTH_KILLED = 3  # times, R5
 NORMAL = 50  # requests beside the query of death, R8
 LIMIT_S = 60.0  # against hangs
@@ -129,9 +130,7 @@ async def until_ready(router: RouterProcess, count: int) -> None:
     await until(lambda: len(router.events("engine_ready")) >= count, LIMIT_S)
 
 
-async def test_r1_r3_kills_under_load_cost_nobody_anything(
-    start: Start, record_property: Any
-) -> None:
+async def test_r1_r3_kills_under_load_cost_nobody_anything(start: Start) -> None:
     router = start(script=script(), gpus="cpu,cpu")
     async with client_of(router) as http:
         load = Load(http)
@@ -144,7 +143,7 @@ async def test_r1_r3_kills_under_load_cost_nobody_anything(
         assert await metric(http, "router_requests_migrated_total") > 0
         assert await metric(http, "router_requests_quarantined_total") == 0
     assert len(router.events("engine_died")) == KILLS
-    record_property("longest_pause_s", load.gaps.longest_s)
+    sys.stdout.write(f"R3: {KILLS} kills, longest pause {load.gaps.longest_s:.3f} s\n")
     assert load.gaps.longest_s < 30, "asked for: 1 s and the prefill"
 
 
