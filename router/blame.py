@@ -11,7 +11,8 @@ progress between two deaths; everybody else does, if engines live long enough. T
   step. Those clear it. So a second death has one suspect, and nobody else is ever convicted.
 * Two deaths in a row without that progress convict. A death by a SIGKILL that neither we nor the
   kernel's OOM killer sent counts half: somebody outside did it, and nothing that a request can do
-  looks like that. So killing engines at random costs no request that is slow to begin.
+  looks like that. So killing engines at random costs no request that is slow to begin, and one
+  such death puts nobody on trial: all that it interrupted goes on at once.
 
 What is taken back from an engine that lives (drain, hand-over) is no death. Trials bound retries
 as well: after a crash of everything, at most one continued sequence per engine is without progress.
@@ -43,7 +44,7 @@ class Suspicion(NamedTuple):
 
     def lasts(self, num_tokens: int) -> bool:
         """Must it run apart from other suspects, with so many tokens?"""
-        return self.weight > 0 and num_tokens - self.num_tokens < TRIAL_TOKENS
+        return self.weight >= CRASH and num_tokens - self.num_tokens < TRIAL_TOKENS
 
     @property
     def convicts(self) -> bool:

@@ -149,8 +149,8 @@ def test_deaths_with_two_tokens_between_never_convict(lives: list[tuple[int, boo
         assert not suspicion.lasts(tokens)
         suspicion = suspicion.after_death(tokens, outside=outside)
         assert not suspicion.convicts
-        assert suspicion.lasts(tokens)
-        assert suspicion.lasts(tokens + TRIAL_TOKENS - 1)
+        assert suspicion.lasts(tokens) is not outside  # no trial after one hand from outside
+        assert suspicion.lasts(tokens + TRIAL_TOKENS - 1) is not outside
 
 
 def test_what_kills_in_its_decode_step_is_found_as_soon() -> None:
