@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -94,6 +95,8 @@ def sentences(error: BaseException) -> list[str]:
 def main(words: list[str]) -> int:
     """Plays the rows one after the other; the results are written after each."""
     arguments = parse(words)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's "&" had them ignored
+        signal.signal(number, signal.default_int_handler)
     file: Path = arguments.json or RESULTS / f"soak-{datetime.now():%Y%m%d-%H%M%S}.json"
     facts = {**host_facts(), "command": "tools/soak " + " ".join(words)}
     results: list[RowResult] = []
