@@ -61,10 +61,10 @@ def test_together(device: Device, step_tokens: int, prefix_cache: bool) -> None:
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("overlap", [0, 1])
 def test_after_forced_preemption(device: Device, overlap: int, prefix_cache: bool) -> None:
-    longest = max(len(item["prompt_ids"]) for item in _ITEMS) + _FEWER
+    longest = max(len(item["prompt_ids"]) for item in _ITEMS) + _MAX_NEW
     tight = -(-longest // device.limits.block_size) + 3
     driver = Driver(device, num_blocks=tight, prefix_cache=prefix_cache)
-    assert_golden(driver.run(prompts(driver), overlap))
+    assert_golden(driver.run(prompts(driver, _MAX_NEW), overlap), _MAX_NEW)
     assert driver.stats.preemptions > 0
 
 
