@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.router_process import RouterProcess, Start, text_of, tiny_model
+from tests.router_process import RouterProcess, Start, free_port, text_of, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +88,8 @@ def test_a_frozen_idle_engine_is_replaced(start: Start) -> None:
     router.wait_for("engine_ready", 3)
 
 
-def test_a_loop_that_stands_still_while_it_answers_pings(start: Start) -> None:
+def test_a7_a_loop_that_stands_still_while_it_answers_pings(start: Start) -> None:
+    """Our own engine cannot do that: one thread answers pings and computes. Others may."""
     rule = {
         "match": {"contains": "freeze"},
         "reply": TEXT,
@@ -97,12 +100,36 @@ def test_a_loop_that_stands_still_while_it_answers_pings(start: Start) -> None:
     assert router.wait_for("engine_died")[0]["cause"] == "hang"
 
 
-def test_an_announced_long_step_is_no_hang(start: Start) -> None:
+def test_r7_long_loads_and_long_steps_are_no_hangs(start: Start) -> None:
+    """Both last longer than the hang timeout, and the server says that it lives all the while."""
     fault = {"kind": "slow_step", "seconds": 2.5, "announce": True}
     rule = {"match": {"contains": "slow"}, "reply": TEXT, "faults": [fault]}
-    router = start("--hang-timeout", "1", script=script(rule))
-    assert text_of(streamed(router, "slow")) == TEXT
+    port = free_port()
+    words = ("--hang-timeout", "1", "--port", str(port))
+    router = start(*words, script=script(rule, load_s=2.5), gpus="cpu,cpu")
+    router.wait_for("engine_loading", 2)
+    live: list[int] = []
+
+    def probe() -> None:
+        while not stopping.is_set():
+            with contextlib.suppress(httpx.ConnectError):  # not yet
+                url = f"http://127.0.0.1:{port}/health/live"
+                live.append(httpx.get(url, timeout=60, trust_env=False).status_code)
+            stopping.wait(0.05)
+
+    stopping = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        probing = pool.submit(probe)
+        try:
+            slow = [pool.submit(streamed, router, "slow") for _ in range(2)]
+            assert [text_of(future.result(60)) for future in slow] == [TEXT] * 2
+        finally:
+            stopping.set()
+        probing.result(60)
+    assert set(live) == {200}
+    assert len(live) > 10
     assert router.events("engine_died") == []
+    assert len(router.events("engine_ready")) == 2
 
 
 @pytest.mark.parametrize(
