@@ -208,9 +208,9 @@ def test_r14_requests_made_from_our_own_document(service: Service, kind: str) ->
             case.body = plain(case.body)
         statuses.append(check(service, case))
 
-    for operation in chosen:
+    for operation in chosen:  # half more than the share of each: some have few different ones
         strategy = operation.as_strategy(generation_mode=mode)
-        fuzz(strategy, -(-NUM_CASES // (len(chosen) * 3)), send)
+        fuzz(strategy, -(-NUM_CASES // (len(chosen) * 2)), send)
     assert len(statuses) >= NUM_CASES // 3
     if kind == "sensible":
         # By chance a body now and then holds what no model can do: 158 of 176 were answered once.
