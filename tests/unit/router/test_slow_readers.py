@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from router import streams
-from router.lifecycle import bind, make_http_server
+from router.acceptor import HttpServer, bind
 from tests.aborts import connected, request_bytes
 from tests.router_parts import Play, router_parts
 from tests.router_process import until
@@ -34,8 +34,8 @@ async def test_r12_a_reader_that_falls_behind_too_far_is_told_so_and_ended(
     async with router_parts(write_tiny_model(tmp_path / "tiny"), plays, max_len=9000) as router:
         with bind("127.0.0.1", 0) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BYTES)
-            server = make_http_server(router.app)
-            task = asyncio.ensure_future(server.serve(sockets=[listener]))
+            server = HttpServer(router.app, listener, 100)
+            task = asyncio.ensure_future(server.serve())
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             try:
                 answers = await asyncio.gather(
