@@ -29,6 +29,7 @@ from tests.router_parts import (
     router_parts,
     text_play,
 )
+from tests.router_process import until
 from tools.tiny_model import VOCAB_SIZE, encode_text, write_tiny_model
 
 EMOJI = [[token] for token in encode_text("😊")]
@@ -690,7 +691,7 @@ async def test_a_stream_in_the_queue_216(folder: Path) -> None:
         holder = asyncio.ensure_future(
             call(router.app, "POST", "/v1/completions", body, leave_after=40)
         )
-        await asyncio.sleep(0.005)
+        await until(lambda: router.admission.views()[0].used == 1)
         queued = asyncio.ensure_future(chat(router.app, stream=True))
         whole = asyncio.ensure_future(chat(router.app))
         await asyncio.sleep(0.05)

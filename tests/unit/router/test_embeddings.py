@@ -34,6 +34,7 @@ from tests.router_parts import (
     router_parts,
     text_play,
 )
+from tests.router_process import until
 from tools.fake_batch import fake_embedding
 from tools.tiny_model import VOCAB_SIZE, encode_text, write_tiny_model
 
@@ -382,7 +383,7 @@ async def test_the_time_limit(folder: Path) -> None:
 
 async def test_the_end_of_the_server_cuts_it(router: Router) -> None:
     task = asyncio.create_task(embed(router, ["fine", "hangs"]))
-    await asyncio.sleep(0.02)
+    await until(lambda: len(router.table) > 0)
     for stream in list(router.table):
         router.fleet.cut(stream, "The server is stopping.", "abort")
     assert (await task).status == 503
@@ -392,7 +393,7 @@ async def test_chats_have_their_own_permits(folder: Path) -> None:
     settings = FlowSettings(max_concurrency=4)
     async with router_parts(folder, plays, settings=settings, max_queue=1) as router:
         hanging = [asyncio.create_task(embed(router, "hangs")) for _ in range(2)]
-        await asyncio.sleep(0.02)
+        await until(lambda: router.admission.views()[0].waiting == 1)
         (view,) = router.admission.views()
         assert (view.used, view.waiting, view.permits) == (1, 1, 5)
         refused = await embed(router, "hi")
