@@ -67,7 +67,7 @@ EXAMPLE
   {"tokens_per_s": 50, "rules": [
     {"match": {"contains": "capital of France"}, "reply": "Paris.", "first_token_s": 0.2},
     {"match": {"contains": "crash once"}, "reply": "0123456789",
-     "faults": [{"kind": "crash", "at_token": 4, "once_file": "/tmp/crashed"}]},
+     "faults": [{"kind": "crash", "at_token": 4, "once_file": "crashed"}]},
     {"match": {"contains": "poison"}, "faults": [{"kind": "crash", "how": "segv"}]},
     {"match": {"regex": "count to \\\\d+"}, "reply": "1 2 3 ", "repeat": true, "tokens_per_s": 0}]}
 """

@@ -85,7 +85,7 @@ def test_a22_from_the_driver_to_the_engines_environment(
     monkeypatch.setattr(planning, "find_cards", lambda: CARDS)
     model = tiny_model(tmp_path)
     config = resolve(Options(models=f"tiny={model}", gpus="2,0", engine_command="x"))
-    site = planning.Site({"CUDA_VISIBLE_DEVICES": "1"}, "ipc:///tmp/x")
+    site = planning.Site({"CUDA_VISIBLE_DEVICES": "1"}, "ipc://x")
     (planned,) = planning.plan_models(config, site)
     told = [engine.spec.environment for engine in planned.engines]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in told] == [C, A]
@@ -137,7 +137,7 @@ def test_a25_threads_are_set_before_anything_is_imported(tmp_path: Path) -> None
     config = resolve(
         Options(models=f"tiny={tiny_model(tmp_path)}", gpus="cpu,cpu", engine_command="x")
     )
-    (planned,) = planning.plan_models(config, planning.Site(os.environ, "ipc:///tmp/x"))
+    (planned,) = planning.plan_models(config, planning.Site(os.environ, "ipc://x"))
     for engine in planned.engines:
         threads = str(engine.spec.config.threads)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

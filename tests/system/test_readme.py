@@ -92,14 +92,16 @@ def test_router_bench(port: int) -> None:
 
 
 def test_check_and_tiny_model(tmp_path: Path) -> None:
-    made = run(command("python tools/make_model.py /tmp/tiny").replace("/tmp/tiny", str(tmp_path)))
+    made = run(
+        command("python tools/make_model.py build/tiny").replace("build/tiny", str(tmp_path))
+    )
     assert made.returncode == 0, made.stderr
     words = command("router check").replace("/models/some-llama", str(tmp_path))
     checked = run(words + " --gpus cpu")
     assert checked.returncode == 0, checked.stderr
     assert "nothing was started" in checked.stdout
     shaped = tmp_path / "shape"
-    made = run(command("python tools/make_model.py /tmp/big").replace("/tmp/big", str(shaped)))
+    made = run(command("python tools/make_model.py build/big").replace("build/big", str(shaped)))
     assert made.returncode == 0, made.stderr
     assert (shaped / "config.json").is_file()
 
