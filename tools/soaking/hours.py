@@ -88,7 +88,7 @@ class Watch:
         while True:
             await asyncio.sleep(KILL_EVERY_S)
             await self._router.until_serving(2)
-            self.kills_s.append(self._router.kill(victim))
+            self.kills_s.append(await self._router.kill(victim))
             victim = 1 - victim
 
 

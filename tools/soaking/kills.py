@@ -130,7 +130,7 @@ async def _one_life(run: Killing, router: Router) -> None:
         for victim in victims:
             await router.until_serving(2)
             await asyncio.sleep(run.rng.uniform(0.1, 1.5))
-            run.kills_s.append(router.kill(victim))
+            run.kills_s.append(await router.kill(victim))
             run.progress(run.done)
         await asyncio.sleep(run.rng.uniform(0.5, 1.0))
     await run.settle(router)
@@ -164,7 +164,7 @@ async def r5(orders: Orders) -> RowResult:
 
 
 async def _kill_both(run: Killing, router: Router) -> None:
-    at_s = [router.kill(replica) for replica in (0, 1)]
+    at_s = [await router.kill(replica) for replica in (0, 1)]
     run.kills_s.append(at_s[0])
     run.progress(run.done)
     with contextlib.suppress(TimeoutError):
