@@ -6,7 +6,6 @@ Owns nothing: all of it is read in one moment. Everything is bounded, and holds 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, Final
 from router import logs
 from router.acceptor import open_descriptors
 from router.admission import Admission
+from router.engine_process import memory_of
 from router.fleet import Fleet
 from router.streams import StreamTable
 from router.supervisor import Supervisor
@@ -51,7 +51,7 @@ class StateDump:
             phase=phase,
             streams=len(self._table),
             tasks=len(tasks),
-            rss_bytes=rss_bytes("self"),
+            rss_bytes=_rss_bytes("self"),
         )
         self._replicas()
         for view in self._admission.views():
@@ -74,7 +74,7 @@ class StateDump:
                 model=sample.model,
                 state=sample.state,
                 pid=pid,
-                rss_bytes=rss_bytes(str(pid)) if pid else None,
+                rss_bytes=_rss_bytes(str(pid)) if pid else None,
                 running=sample.running,
                 progress_age_s=round(sample.progress_age_s, 3),
                 blocks_held=sample.stats.blocks_held,
@@ -113,9 +113,6 @@ def _calls(task: asyncio.Task[Any]) -> Iterator[tuple[CodeType, int]]:
         coroutine = coroutine.cr_await
 
 
-def rss_bytes(pid: str) -> int | None:
-    """Resident memory of a process, None if it is gone (or the system does not tell)."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * resource.getpagesize()
-    return None
+def _rss_bytes(pid: str) -> int | None:
+    memory = memory_of(pid)
+    return None if memory is None else memory.rss_bytes

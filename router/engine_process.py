@@ -111,7 +111,7 @@ class EngineProcess:
     async def watch(self) -> None:
         """Looks at its memory again and again: once it is gone there is nothing to see any more."""
         while True:
-            self.memory = _look(self.popen.pid) or self.memory
+            self.memory = memory_of(str(self.popen.pid)) or self.memory
             await asyncio.sleep(LOOK_S)
 
     async def relay(self, sink: Callable[[str], None]) -> None:
@@ -170,8 +170,8 @@ async def end_all(processes: Sequence[EngineProcess], grace_s: float) -> None:
                     await process.gone.wait()
 
 
-def _look(pid: int) -> Memory | None:
-    """None if there is no such process, or none that still has memory."""
+def memory_of(pid: str) -> Memory | None:
+    """Of a process ("self": ours); None if there is none, or none that still has memory."""
     sizes: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in (

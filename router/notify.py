@@ -15,7 +15,6 @@ from typing import Final, NamedTuple
 
 TURN_S: Final = 1.0  # between two looks at the server
 PATIENCE_US: Final = 30_000_000  # asked for while it starts or stops, anew in every turn
-VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Condition(NamedTuple):

@@ -74,7 +74,7 @@ class Works:
     gates: Callable[[ServedModel], tuple[Gate, Gate | None]]
 
 
-ReplicaView = tuple[int, str, ReplicaState]  # index, device, state
+ReplicaRow = tuple[int, str, ReplicaState]  # index, device, state
 
 
 class ModelView(NamedTuple):
@@ -82,7 +82,7 @@ class ModelView(NamedTuple):
 
     names: tuple[str, ...]
     state: ModelState
-    replicas: tuple[ReplicaView, ...]
+    replicas: tuple[ReplicaRow, ...]
     needed_bytes: int  # of all its engines, as planned
     waiting: int
 
@@ -155,7 +155,7 @@ class Roster:
         waiting = self._works.admission.waiting(entry.key)
         return ModelView(entry.served.names, self.state(entry), replicas, needed, waiting)
 
-    def _replica_views(self, entry: Entry) -> Iterator[ReplicaView]:
+    def _replica_views(self, entry: Entry) -> Iterator[ReplicaRow]:
         for index, engine in entry.engines.items():
             yield index, engine.device, self._works.fleet.replica(index).state
 
