@@ -42,6 +42,7 @@ from router.embed_flow import EmbedFlow
 from router.flow import Flow
 from router.metrics import Metrics
 from router.operations import Operations, ReplicaRow
+from router.text.grammar import Make
 from router.text.pool import TextPool
 from router.text.served import ModelTable
 
@@ -67,6 +68,7 @@ class Parts:
     flow: Flow
     embed_flow: EmbedFlow
     pool: TextPool
+    make_grammar: Make
     metrics: Metrics
     health: Health
     access: Access = field(default_factory=Access)
@@ -101,7 +103,7 @@ def post(path: str, endpoint: ASGIApp, about: About) -> Row:
 
 def build_app(parts: Parts) -> ASGIApp:
     """All routes behind the boundary."""
-    generations = Generations(parts.models, parts.flow, parts.pool)
+    generations = Generations(parts.models, parts.flow, parts.pool, parts.make_grammar)
     rows = [
         *_generating(parts, generations),
         *_asking(parts, generations),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from router.planning import PlannedModel, Running
     from router.roster import Planner
     from router.sources import ModelSource
+    from router.text.grammar_process import GrammarProcesses
     from router.text.served import ServedModel
     from router.waiting import FlowSettings
 
@@ -50,6 +51,7 @@ class Outside(NamedTuple):
     lines: BackgroundLines
     notifier: Notifier
     connections: int  # that may be open
+    grammars: GrammarProcesses
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -149,6 +151,8 @@ def serve(invocation: Invocation, words: Sequence[str], environ: Mapping[str, st
     from router import acceptor, leftovers, logs, planning
     from router.link import IpcLink
     from router.notify import Notifier
+    from router.supervisor import child_environment
+    from router.text.grammar_process import GrammarProcesses
 
     signal.signal(signal.SIGTERM, _interrupt)  # until the lifecycle takes over
     config = invocation.config
@@ -172,7 +176,9 @@ def serve(invocation: Invocation, words: Sequence[str], environ: Mapping[str, st
         num_engines = sum(len(model.engines) for model in planned)
         connections = acceptor.connection_limit(descriptors, num_engines)
         logs.info("descriptors", limit=descriptors, connections=connections)
-        outside = Outside(link, listener, lines, notifier, connections)
+        grammars = GrammarProcesses(child_environment(environ))
+        stack.callback(grammars.close)
+        outside = Outside(link, listener, lines, notifier, connections, grammars)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_run(config, planned, planner, outside))
 
@@ -306,11 +312,11 @@ async def _run(
     turnover = Turnover(roster, planner, config, _limiter(gates, admission, [flow, embed_flow]))
     life = Lifecycle(fleet, link, supervisor, admission, streams, metrics)
     _export(metrics, outside.lines, fleet, admission)
-    pool = TextPool()
+    pool, make = TextPool(), outside.grammars.make
     dump = StateDump(fleet, supervisor, admission, streams, clock)
     access, operator = _access(config), Operator(roster, turnover)
     operations = Operations(fleet, supervisor, served, clock)
-    parts = Parts(served, flow, embed_flow, pool, metrics, life, access, operator, operations)
+    parts = Parts(served, flow, embed_flow, pool, make, metrics, life, access, operator, operations)
     reload = turnover.reload if config.file else None
     bounds = RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections)
     hooks = Hooks(outside.notifier, dump, outside.lines.reopen, reload)

@@ -58,14 +58,18 @@ class Engines(Protocol):
     def remains(self, index: int) -> Remains: ...
 
 
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What any process of ours may know: the allow-listed part of `environ`."""
+    return {name: value for name, value in environ.items() if ENVIRONMENT.fullmatch(name)}
+
+
 def engine_environment(environ: Mapping[str, str], *, threads: int, device: str) -> dict[str, str]:
-    """The allow-listed part of `environ`, the planned threads, and the one device it may see.
+    """That, the planned threads, and the one device it may see.
 
     `device` is "cpu", an index in PCI bus order, or a UUID.
     """
-    kept = {name: value for name, value in environ.items() if ENVIRONMENT.fullmatch(name)}
     return {
-        **kept,
+        **child_environment(environ),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

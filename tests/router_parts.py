@@ -40,6 +40,7 @@ from router.operations import Operations
 from router.quarantine import Quarantine
 from router.streams import StreamTable
 from router.supervisor import Supervisor
+from router.text.grammar import make
 from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.pool import TextPool
 from router.text.pooling import PoolingRule
@@ -361,7 +362,7 @@ async def router_parts(
     supervisor = Supervisor(specs, fleet, metrics, on_fatal="wait", clock=time.monotonic)
     operations = Operations(fleet, supervisor, served, time.monotonic)
     parts = Parts(
-        served, flow, embed_flow, pool, metrics, AlwaysWell(), access, operations=operations
+        served, flow, embed_flow, pool, make, metrics, AlwaysWell(), access, operations=operations
     )
     app = build_app(parts)
     try:

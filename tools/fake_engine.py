@@ -48,7 +48,8 @@ A sequence that continues one of another engine goes on where that one stopped, 
 A FAULT: {"kind": .., ..}. `at_token` (default 0) in a rule, `when` in start_faults: "start" (before
 anything is sent), "load" (default: after Busy), "ready" (after Ready). `replica` and `epoch` as in
 a rule. `once_file`: a path; the fault is played only if the file does not exist, and makes it.
-  crash          how: "kill" (default, SIGKILL), "segv", "abort", "exit" with `code`
+  crash          how: "kill" (default, SIGKILL), "segv", "abort", "exit" with `code`, "grow" (takes
+                 memory until somebody ends it, up to 1 GiB; then exits with `code`)
   fatal          sends Fatal(reason, code), exits with `code`
   hang           neither reads nor sends nor heeds SIGTERM, for `seconds` (0: for ever)
   stop           SIGSTOP to itself
@@ -122,6 +123,7 @@ from tools.fake_script import Fault, Script, load_script
 from tools.tiny_model import encode_text
 
 # Time for the socket's own thread to send what was queued before a fault hits.
+_MOST_TAKEN_MIB = 1024
 _FLUSH_S = 0.05
 _FOREVER_S = 1e9
 _STRANGER = (1 << 53) - 1  # an id that no router gives
@@ -303,7 +305,11 @@ def _three_tokens(epoch: int, id_: int) -> StepOutput:
 
 
 def _crash(fault: Fault) -> NoReturn:
-    if fault.how != "exit":
+    if fault.how == "grow":
+        taken: list[bytes] = []
+        while len(taken) < _MOST_TAKEN_MIB:
+            taken.append(b"x" * (1 << 20))  # written to: a page that is only asked for is not there
+    elif fault.how != "exit":
         number = _SIGNALS[fault.how]
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)

@@ -50,7 +50,7 @@ class Fault(_Part, frozen=True):
     kind: FaultKind
     when: Literal["start", "load", "ready"] = "load"
     at_token: int = 0
-    how: Literal["kill", "segv", "abort", "exit"] = "kill"
+    how: Literal["kill", "segv", "abort", "exit", "grow"] = "kill"
     code: int = 1
     seconds: float = 0.0
     announce: bool = False

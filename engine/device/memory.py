@@ -5,6 +5,7 @@ And what happens when a step finds no memory in spite of it: see `Guarded`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +21,14 @@ T = TypeVar("T")
 _CPU_KV_BYTES = 1 << 30
 # On a GPU the rest of what the weights leave is for activations.
 _GPU_KV_SHARE = 0.85
-# How torch says on the CPU, in a RuntimeError, that malloc failed.
-_CPU_WORDS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc")
+SMALL_TOKENS = 64  # of a step
+MOST_SMALL_FAILURES = 3
+# How torch and oneDNN say on the CPU, in a RuntimeError, that malloc failed. (A primitive
+# *descriptor* that cannot be created is a product that oneDNN does not have.)
+_CPU_WORDS = re.compile(
+    r"DefaultCPUAllocator|not enough memory|std::bad_alloc"
+    r"|could not (create|execute) a primitive(?! descriptor)|could not create a memory object"
+)
 
 
 def num_blocks(config: EngineConfig, block_bytes: int, max_len: int) -> int:
@@ -56,44 +63,66 @@ def free_bytes() -> int:
 
 
 class Guarded:
-    """A runner whose lack of memory is OutOfMemory, whatever it was that lacked it."""
+    """A runner whose lack of memory is OutOfMemory, whatever it was that lacked it.
+
+    What a step that failed leaves behind (kernels that were made for its shape, a heap that has
+    grown) may be all there was. An engine like that would refuse everybody for ever, so the third
+    small step in a row that finds no memory raises NotEnoughMemory, which ends the engine.
+    """
 
     def __init__(self, runner: RunnerLike) -> None:
         self._runner = runner
+        self._small_failures = 0  # in a row
 
     def launch(self, plan: StepPlan) -> Pending:
         """See `engine.plan.RunnerLike`."""
-        return _GuardedStep(_guard(lambda: self._runner.launch(plan)))
+        is_small = sum(row.count for row in plan.rows) <= SMALL_TOKENS
+        return _GuardedStep(
+            self, self._guard(lambda: self._runner.launch(plan), is_small), is_small
+        )
 
     def idle(self) -> bool:
         """See `engine.plan.RunnerLike`."""
         return self._runner.idle()
 
+    def finish(self, pending: Pending, *, is_small: bool) -> Sampled:
+        """The results of a step."""
+        sampled = self._guard(pending.result, is_small)
+        self._small_failures = 0
+        return sampled
+
+    def _guard(self, call: Callable[[], T], is_small: bool) -> T:
+        """Raises OutOfMemory once nothing holds the memory of the failed step any more."""
+        try:
+            return call()
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._small_failures += is_small
+        if self._small_failures == MOST_SMALL_FAILURES:
+            raise NotEnoughMemory(
+                f"{MOST_SMALL_FAILURES} steps in a row, of at most {SMALL_TOKENS} tokens each, "
+                "found no memory"
+            )
+        raise OutOfMemory
+
 
 class _GuardedStep:
-    __slots__ = ("_pending",)
+    __slots__ = ("_guarded", "_is_small", "_pending")
 
-    def __init__(self, pending: Pending) -> None:
+    def __init__(self, guarded: Guarded, pending: Pending, is_small: bool) -> None:
+        self._guarded = guarded
         self._pending = pending
+        self._is_small = is_small
 
     def result(self) -> Sampled:
-        return _guard(self._pending.result)
-
-
-def _guard(call: Callable[[], T]) -> T:
-    """Raises OutOfMemory once nothing holds the memory of the failed step any more."""
-    try:
-        return call()
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise OutOfMemory
+        return self._guarded.finish(self._pending, is_small=self._is_small)
 
 
 def lacks_memory(error: Exception) -> bool:
     """Whether memory is all that was missing."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in _CPU_WORDS)
+    return _CPU_WORDS.search(str(error)) is not None

@@ -110,9 +110,7 @@ class Chats:
     ) -> str:
         grammar = "" if structured is None else structured.grammar
         if use is not None and use.forced:
-            grammar = await self._generations.work(
-                model.tool_form.call_grammar, use.tools, use.choice, use.parallel
-            )
+            grammar = await self._generations.call_grammar(model.tool_form, use)
         thinking = rules.scan.thinking if rules.scan is not None else None
         if grammar and thinking is not None and thinking.starts_open:
             return after_thinking(grammar, thinking.close, model.control_id(thinking.close))

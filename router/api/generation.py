@@ -18,9 +18,10 @@ from router.api.structured import Structured, grammar_of
 from router.errors import BadRequest, ContextLengthExceeded
 from router.flow import Flow, Job, Progress
 from router.record import RequestRecord
+from router.text.grammar import Make
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
-from router.text.tool_forms import Tool
+from router.text.tool_forms import Tool, ToolForm, ToolUse
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,10 +66,12 @@ def new_id(prefix: str) -> str:
 class Generations:
     """The steps that chats and completions have in common, over one set of models."""
 
-    def __init__(self, models: ModelTable, flow: Flow, pool: TextPool) -> None:
+    def __init__(self, models: ModelTable, flow: Flow, pool: TextPool, make: Make) -> None:
+        """`make` makes grammars, as `router.text.grammar.make` does."""
         self._models = models
         self._flow = flow
         self._pool = pool
+        self._make = make
 
     async def decode(self, body: bytes, kind: type[T]) -> T:
         """One typed decode of a JSON body; see `decode_body`."""
@@ -181,7 +184,11 @@ class Generations:
         """
         if not asks_for_structure(request):
             return None
-        return await self.work(grammar_of, request)
+        return await self.work(grammar_of, self._make, request)
+
+    async def call_grammar(self, form: ToolForm, use: ToolUse) -> str:
+        """That of the calls which this use of tools forces. Raises BadRequest."""
+        return await self.work(form.call_grammar, self._make, use.tools, use.choice, use.parallel)
 
     def run(self, job: Job) -> AsyncGenerator[list[Progress], None]:
         """The life of the job; see `Flow.generate`."""

@@ -1,8 +1,9 @@
 """Which form a request wants for its answer, from every spelling that clients use.
 
 Owns the names of these fields and what is said about them. Must not know how grammars are made
-(`router.text.grammar`), models or engines. Grammars are compiled on the way, some milliseconds and
-more: call it in a thread. Whatever is asked for is enforced or refused, never ignored.
+(`router.text.grammar`; `make` is that module's or stands for it), models or engines. Grammars are
+compiled on the way, some milliseconds and more: call it in a thread. Whatever is asked for is
+enforced or refused, never ignored.
 """
 
 from __future__ import annotations
@@ -15,13 +16,7 @@ from typing import Any, Final, NoReturn, Protocol
 import msgspec
 
 from router.errors import BadRequest, GrammarError
-from router.text.grammar import (
-    choice_grammar,
-    json_object_grammar,
-    json_schema_grammar,
-    lark_grammar,
-    regex_grammar,
-)
+from router.text.grammar import Make, json_object_grammar
 
 
 @dataclass(frozen=True)
@@ -84,10 +79,11 @@ class FormFields(Protocol):
         """llama.cpp's."""
 
 
-_Build = Callable[[Any, str], str | None]  # (value, its field) -> grammar, None if nothing is asked
+# (make, value, its field) -> grammar, None if nothing is asked
+_Build = Callable[[Make, Any, str], str | None]
 
 
-def grammar_of(request: FormFields) -> Structured | None:
+def grammar_of(make: Make, request: FormFields) -> Structured | None:
     """The one form that the request asks for, or None.
 
     Raises BadRequest, `param` naming the field: for a wrong type, for two forms, for what cannot
@@ -107,22 +103,22 @@ def grammar_of(request: FormFields) -> Structured | None:
     if len(present) > 1:
         _refuse(present[1][0], f"cannot be combined with '{present[0][0]}': one form for an answer")
     for param, value, build in present:
-        grammar = build(value, param)
+        grammar = build(make, value, param)
         return None if grammar is None else Structured(grammar, param)
     return None
 
 
-def from_format(format: object, param: str) -> Structured | None:
+def from_format(make: Make, format: object, param: str) -> Structured | None:
     """As `grammar_of`, for one object like `response_format`: also Responses' `text.format` and
     Anthropic's `output_config.format`, whose schema lies beside the type. `param`: its field.
     """
     if format is None:
         return None
-    grammar = _format(format, param)
+    grammar = _format(make, format, param)
     return None if grammar is None else Structured(grammar, param)
 
 
-def _format(value: Any, param: str) -> str | None:
+def _format(make: Make, value: Any, param: str) -> str | None:
     wanted = _object(value, param)
     kind = wanted.get("type")
     if kind == "text":
@@ -130,20 +126,20 @@ def _format(value: Any, param: str) -> str | None:
     if kind == "json_object" and wanted.get("schema") is None:
         return json_object_grammar()
     if kind == "json_object":  # as llama.cpp has it
-        return _schema(wanted["schema"], f"{param}.schema")
+        return _schema(make, wanted["schema"], f"{param}.schema")
     if kind == "json_schema":
         nested = wanted.get("json_schema")
         if nested is None and "schema" in wanted:
-            return _schema(wanted["schema"], f"{param}.schema")
+            return _schema(make, wanted["schema"], f"{param}.schema")
         inner = f"{param}.json_schema"
         described = _object(nested, inner)
         _check_names(described, inner)
-        return _schema(described.get("schema"), f"{inner}.schema")
+        return _schema(make, described.get("schema"), f"{inner}.schema")
     if kind == "regex":
         name = "pattern" if "pattern" in wanted else "regex"
-        return _regex(wanted.get(name), f"{param}.{name}")
+        return _regex(make, wanted.get(name), f"{param}.{name}")
     if kind == "grammar":
-        return _grammar(wanted.get("grammar"), f"{param}.grammar")
+        return _grammar(make, wanted.get("grammar"), f"{param}.grammar")
     _refuse(f"{param}.type", "must be 'text', 'json_object', 'json_schema', 'regex' or 'grammar'")
 
 
@@ -158,51 +154,51 @@ def _check_names(described: Mapping[str, Any], param: str) -> None:
             _refuse(f"{param}.{name}", f"must be {words}")
 
 
-def _schema(value: Any, param: str) -> str:
+def _schema(make: Make, value: Any, param: str) -> str:
     if value is True:
         value = {}
     with _naming(param):
-        return json_schema_grammar(_object(value, param))
+        return make("schema", _object(value, param))
 
 
-def _schema_or_text(value: Any, param: str) -> str:
+def _schema_or_text(make: Make, value: Any, param: str) -> str:
     if not isinstance(value, str):
-        return _schema(value, param)
+        return _schema(make, value, param)
     try:
         schema = msgspec.json.decode(value)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         _refuse(param, "must be a JSON schema: an object, or its text")
-    return _schema(schema, param)
+    return _schema(make, schema, param)
 
 
-def _regex(value: Any, param: str) -> str:
+def _regex(make: Make, value: Any, param: str) -> str:
     if not isinstance(value, str):
         _refuse(param, "must be a string (a regular expression)")
     with _naming(param):
-        return regex_grammar(value)
+        return make("pattern", value)
 
 
-def _choice(value: Any, param: str) -> str:
+def _choice(make: Make, value: Any, param: str) -> str:
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
         _refuse(param, "must be a list of strings")
     with _naming(param):
-        return choice_grammar(value)
+        return make("choices", value)
 
 
-def _grammar(value: Any, param: str) -> str:
+def _grammar(make: Make, value: Any, param: str) -> str:
     if not isinstance(value, str):
         _refuse(param, "must be a string (a grammar)")
     with _naming(param):
-        return lark_grammar(value)
+        return make("lark", value)
 
 
-def _json_object(value: Any, param: str) -> str:
+def _json_object(_make: Make, value: Any, param: str) -> str:
     if value is not True:
         _refuse(param, "must be true or false")
     return json_object_grammar()
 
 
-def _refused(_value: Any, param: str) -> str:
+def _refused(_make: Make, _value: Any, param: str) -> str:
     _refuse(param, "is not supported by this server")
 
 

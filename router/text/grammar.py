@@ -2,8 +2,8 @@
 
 Owns how each kind becomes a grammar, the white space allowed in JSON, and the words for what is
 wrong. Must not know HTTP, field names, models or engines. All functions are pure and take CPU time
-(a millisecond as a rule, at most some hundred): they belong in a thread. llguidance is imported by
-the first one that needs it, 0.1 s.
+(a millisecond as a rule, at most some hundred): the router has them called in a process of their
+own, see `grammar_process`. llguidance is imported by the first one that needs it, 0.1 s.
 
 A grammar that leaves here is enforced as a whole or refused: the compiler's warnings are errors,
 and the first steps are tried, because some limits only show there.
@@ -12,7 +12,8 @@ and the first steps are tried, because some limits only show there.
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 from router.errors import GrammarError
 from router.text.json_schema import check_size, enforceable, patterns_of
@@ -37,6 +38,9 @@ _LIMITS: Final[dict[str, Any]] = {
     "verbose_errors": False,
 }
 _TRIED_STEPS: Final = 12
+
+Kind = Literal["schema", "pattern", "choices", "lark", "lines"]
+Make = Callable[[Kind, Any], str]
 _END: Final = 256  # the id behind the bytes
 
 # What llguidance says (1.9) → what we say. The first that is found counts.
@@ -149,10 +153,26 @@ def after_thinking(grammar: str, close: str, close_id: int | None = None) -> str
     return json.dumps({"grammars": [{"lark_grammar": head}, first, *parts[1:]]})
 
 
-def check(grammar: str) -> str | None:
-    """None if the grammar can be enforced, else one sentence that says why not."""
-    reason = _fault(grammar)
-    return None if reason is None else f"The grammar {reason}."
+def checked(lines: str) -> str:
+    """A grammar of our own making, from parts of a client's. Raises GrammarError."""
+    reason = _fault(lines)
+    if reason is not None:
+        raise GrammarError(f"The grammar {reason}.")
+    return lines
+
+
+def make(kind: Kind, value: Any) -> str:
+    """The grammar of that kind, see the functions above. Raises GrammarError."""
+    return _MAKERS[kind](value)
+
+
+_MAKERS: Final[dict[Kind, Callable[[Any], str]]] = {
+    "schema": json_schema_grammar,
+    "pattern": regex_grammar,
+    "choices": choice_grammar,
+    "lark": lark_grammar,
+    "lines": checked,
+}
 
 
 def _json_rule(schema: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from router.errors import BadRequest, GrammarError
 from router.text.call_syntax import JsonCalls, LineCalls, MarkedCalls, TaggedCalls
-from router.text.grammar import check, json_schema_grammar
+from router.text.grammar import Make
 from router.text.scanner import CallSyntax, ScanRules, ThinkingRule, new_call_id
 from router.text.window import WHITE
 
@@ -308,23 +308,28 @@ class ToolForm:
             new_id=shape.new_id,
         )
 
-    def call_grammar(self, tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> str:
+    def call_grammar(
+        self, make: Make, tools: Sequence[Tool], choice: ToolChoice, parallel: bool
+    ) -> str:
         """For llguidance: one call or more, as this model writes them, and nothing else.
 
-        Raises BadRequest for a schema that cannot be enforced. Takes milliseconds.
+        Raises BadRequest for a schema that cannot be enforced. `make` takes milliseconds.
         """
         one = choice.kind == "named" or not parallel
         callable = choice.callable(tools)
         terms = {
-            tool.name: _enforced(tool, f"tools[{i}].function.parameters")
+            tool.name: _enforced(make, tool, f"tools[{i}].function.parameters")
             for i, tool in enumerate(tools)
             if tool in callable
         }
         shape = _SHAPES[self.name]
         # Ids mean nothing to the check, which has no model's vocabulary.
-        reason = check(_lark(shape, {}, terms, one=one))
-        if reason is not None:
-            raise BadRequest(f"'tools' are too much together: {reason}", param="tools")
+        try:
+            make("lines", _lark(shape, {}, terms, one=one))
+        except GrammarError as error:
+            raise BadRequest(
+                f"'tools' are too much together: {error.message}", param="tools"
+            ) from error
         return _lark(shape, self.ids, terms, one=one)
 
 
@@ -380,7 +385,7 @@ def _text_arguments(tool: Tool) -> list[tuple[str, str]]:
     ]
 
 
-def _enforced(tool: Tool, place: str) -> str:
+def _enforced(make: Make, tool: Tool, place: str) -> str:
     """The tool's schema as a term of Lark. Raises BadRequest.
 
     Arguments that the schema does not name are left out, unless it says that they are welcome.
@@ -389,7 +394,7 @@ def _enforced(tool: Tool, place: str) -> str:
     if "properties" in schema:
         schema.setdefault("additionalProperties", False)
     try:
-        return json_schema_grammar(schema).removeprefix("start: ").rstrip()
+        return make("schema", schema).removeprefix("start: ").rstrip()
     except GrammarError as error:
         raise BadRequest(
             f"'{place}' cannot be enforced, as 'tool_choice' asks: {error.message}", param=place

@@ -34,6 +34,25 @@ def test_s2_private_sockets_and_one_port(router: RouterProcess) -> None:
     assert len({address.port for address in listening}) == 1
 
 
+def test_s16_grammars_are_compiled_in_a_process_of_their_own(
+    router: RouterProcess, client: httpx.Client
+) -> None:
+    """One that ends its compiler ends a process that can be had again, and not the router."""
+    bound = {"model": "tiny", "prompt": "hello", "guided_regex": "[a-z]{5}"}
+    process = psutil.Process(router.popen.pid)
+    for _ in range(2):
+        assert client.post("/v1/completions", json=bound).status_code == 200
+        compilers = [
+            child
+            for child in process.children()
+            if "router.text.grammar_process" in child.cmdline()
+        ]
+        assert len(compilers) == 1
+        assert "llguidance" in Path(f"/proc/{compilers[0].pid}/maps").read_text()
+        assert "llguidance" not in Path(f"/proc/{process.pid}/maps").read_text()
+        compilers[0].kill()
+
+
 def test_s5_s22_keys_are_nowhere_to_be_seen(router: RouterProcess, client: httpx.Client) -> None:
     wrong = {"authorization": "Bearer sk-secret-three"}
     assert client.get("/v1/models", headers=wrong).status_code == 401

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from tests.lifelines import measured
 from tests.router_process import RouterProcess, Start, free_port, text_of, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -171,7 +173,12 @@ def test_r9_a_crash_loop_beside_a_good_model(start: Start, tmp_path: Path) -> No
     router = start(
         "--on-fatal", "wait", *models, script=script(start_faults=faults), gpus="cpu,cpu"
     )
+    router.wait_for("engine_died")
+    process = psutil.Process(router.popen.pid)
+    begin_s, busy_s = time.monotonic(), sum(process.cpu_times()[:2])
     reports = router.wait_for("engine_died", 5, limit_s=100)
+    busy_s, passed_s = sum(process.cpu_times()[:2]) - busy_s, time.monotonic() - begin_s
+    measured(f"R9: five crashes take {busy_s / passed_s:.1%} of a core of the router")
     assert [report["next"] for report in reports] == ["restart"] * 4 + ["park"]
     delays = [report["delay_s"] for report in reports[:4]]
     for k, delay in enumerate(delays):

@@ -1,26 +1,34 @@
-"""No descriptors, no room for the log, a clock that jumps: none of it is felt by a request."""
+"""No descriptors, no memory, no room for the log, a clock that jumps: what requests feel of it."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import json
+import os
 import re
+import resource
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.lifelines import measured
-from tests.router_process import ROOT, Start, free_port, wait_gone
+from tests.router_process import ROOT, Start, free_port, text_of, tiny_model, wait_gone
 from tests.serving import wait_for
 
 pytestmark = pytest.mark.slow
 
 CLIENTS = 400
+CGROUPS = Path("/sys/fs/cgroup")
+GROUP_BYTES = 64 << 20  # R26
+ROOM_BYTES = 5 << 20  # R25: beyond what the engine has once it serves
 SLOW = {"tokens_per_s": 20, "rules": [{"match": "*", "reply": "abc ", "repeat": True}]}
 
 
@@ -174,3 +182,78 @@ def test_r22_a_clock_that_jumps_an_hour_is_not_felt(start: Start, tmp_path: Path
     times = [event["time"] for event in router.events("request")]
     assert len(times) > 1  # the clock did jump: times of lines are not in order
     assert times != sorted(times)
+
+
+def test_r25_an_engine_at_the_end_of_its_memory(start: Start, tmp_path: Path) -> None:
+    """A real one, under a real limit. A large request fails by itself; what its step leaves behind
+    may cost a few small ones, and then the engine makes place for one that has memory again.
+
+    What a native library makes of a failed malloc is its own affair: if that ends the engine, the
+    large request goes on with another one, which is not limited.
+    """
+    sizes = ("--max-len", "2048", "--step-tokens", "8192", "--kv-memory", "64M", "--threads", "1")
+    router = start("--models", f"tiny={tiny_model(tmp_path)}", *sizes)
+    assert router.url
+    assert router.complete("hello", max_tokens=5).status_code == 200
+    engine = router.engine_pid(0)
+    limit = psutil.Process(engine).memory_info().vms + ROOM_BYTES
+    resource.prlimit(engine, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    large = {"prompt": [f"{'y' * 2000}{k}" for k in range(8)], "max_tokens": 5}
+    answer = router.complete(**large)
+    assert answer.status_code == 503 or router.events("engine_died")
+    ends = [router.complete(f"hello {k}", max_tokens=5) for k in range(100)]
+    refused = [end.json()["error"]["code"] for end in [answer, *ends] if end.status_code != 200]
+    measured(f"R25: {len(refused)} of 101 requests refused")
+    assert set(refused) <= {"insufficient_memory"}
+    assert len(refused) <= 5
+    assert {end.status_code for end in ends[10:]} == {200}
+    assert len(router.events("engine_died")) <= 2
+
+
+@contextlib.contextmanager
+def memory_group(limit_bytes: int) -> Iterator[Path]:
+    """A control group whose processes together get no more; skips where none can be made."""
+    is_v1 = (CGROUPS / "memory").is_dir()
+    group = (CGROUPS / "memory" if is_v1 else CGROUPS) / f"router-test-{os.getpid()}"
+    names = ["memory.limit_in_bytes"] if is_v1 else ["memory.max", "memory.swap.max"]
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"R26 needs a memory control group, which only root can make: {error}")
+    try:
+        try:
+            for name, value in zip(names, (limit_bytes, 0), strict=False):
+                (group / name).write_text(str(value))
+        except OSError as error:
+            pytest.skip(f"R26 needs a control group with a memory limit: {error}")
+        yield group
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_r26_the_kernel_ends_an_engine_that_takes_too_much_memory(
+    start: Start, tmp_path: Path
+) -> None:
+    fault = {"kind": "crash", "how": "grow", "at_token": 3, "once_file": str(tmp_path / "grew")}
+    hungry = {"match": {"contains": "hungry"}, "reply": "abc ", "repeat": True, "faults": [fault]}
+    script = {**SLOW, "rules": [hungry, *SLOW["rules"]]}
+    with memory_group(GROUP_BYTES) as group, contextlib.ExitStack() as stack:
+        router = start(script=script, gpus="cpu,cpu")
+        stack.callback(router.popen.wait, 60)
+        stack.callback(router.signal, signal.SIGTERM)
+        assert router.url
+        for pid in router.engine_pids:
+            (group / "cgroup.procs").write_text(str(pid))
+        others = [stack.enter_context(router.stream("go", max_tokens=60)) for _ in range(6)]
+        answer = router.complete("hungry", max_tokens=20)
+        assert answer.status_code == 200
+        assert answer.json()["choices"][0]["text"] == "abc " * 5
+        assert answer.json()["usage"]["completion_tokens"] == 20
+        for events in others:
+            assert text_of(list(events)) == "abc " * 15
+        (report,) = router.wait_for("engine_died")
+        assert report["cause"] == "out_of_memory"
+        assert report["reason"] == "killed by the kernel, out of memory"
+        assert report["in_flight"] > 0
+        assert router.metric("router_requests_quarantined_total") == 0

@@ -54,6 +54,11 @@ class Log(History):
         """Requests that are over: by an end, a failure, or because the client left."""
         return self.num_ended + self.num_failed + self.num_left
 
+    @property
+    def num_aborted(self) -> int:
+        """Requests whose clients left before the answer was there."""
+        return self.num_left - self.num_whole
+
     def sent(self, client: str, request: Request) -> None:
         super().sent(client, request)
         self.num_sent += 1

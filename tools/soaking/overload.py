@@ -52,7 +52,7 @@ async def r10(orders: Orders) -> RowResult:
     return RowResult(
         row="R10",
         title="requests aborted at any moment",
-        n=log.num_left,
+        n=log.num_aborted,
         n_asked=orders.n_asked,
         duration_s=time.monotonic() - began_s,
         measures=(
@@ -61,7 +61,7 @@ async def r10(orders: Orders) -> RowResult:
             at_most("tasks, more", after.tasks - before.tasks, 0),
             at_most("descriptors, more", after.descriptors - before.descriptors, FEW_DESCRIPTORS),
             at_most("nothing runs or waits after", idle_s, IDLE_S, "s"),
-            noted("ended before their client left", log.num_whole),
+            noted("requests, with those that ended before their client left", log.num_left),
         ),
         findings=tuple(log.findings),
     )
@@ -77,9 +77,9 @@ async def _abort(
 ) -> None:
     """Until so many clients have left."""
     async with Load(router.url, requests, log, seed).running(0, LEAVING):
-        while log.num_left < count:
+        while log.num_aborted < count:
             await asyncio.sleep(0.2)
-            progress(log.num_left)
+            progress(log.num_aborted)
 
 
 class Visit(NamedTuple):

@@ -80,12 +80,26 @@ class Router:
         return self._events.get(name, [])
 
     async def kill(self, replica: int) -> float:
-        """SIGKILL to the replica's engine, as the router knows it now; returns the moment."""
+        """SIGKILL to the replica's engine, which must run; returns the moment.
+
+        Comes back when the router knows of it: until then it counts the replica among those that
+        serve, and who looked for the next victim could find this one.
+        """
+        pid = await self._engine(replica)
+        if pid is None:
+            raise ValueError(f"replica {replica} has no engine to kill")
+        now_s = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(SETTLE_S):
+            while await self._engine(replica) == pid:  # noqa: ASYNC110 - it is another process
+                await asyncio.sleep(0.005)
+        return now_s
+
+    async def _engine(self, replica: int) -> int | None:
+        """The process of its engine, as the router knows it now."""
         async with httpx.AsyncClient(trust_env=False, timeout=SETTLE_S) as client:
             rows = (await client.get(f"{self.url}/admin/replicas")).json()["data"]
-        pid, now_s = next(row["pid"] for row in rows if row["id"] == replica), time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        return now_s
+        return next(row["pid"] for row in rows if row["id"] == replica)
 
     async def sample(self) -> Sample:
         """A scrape of its metrics."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.device.memory import Guarded, lacks_memory
-from engine.plan import OutOfMemory, Pending, Sampled, StepPlan
+from engine.config import NotEnoughMemory
+from engine.device.memory import MOST_SMALL_FAILURES, SMALL_TOKENS, Guarded, lacks_memory
+from engine.plan import OutOfMemory, Pending, Row, Sampled, StepPlan
 
 PLAN = StepPlan(1, [], [], [], [])
 
@@ -55,3 +56,53 @@ def test_other_failures_stay_what_they_are() -> None:
     guarded = Guarded(Hungry(1, 1))
     assert guarded.launch(PLAN).result().tokens == [7]
     assert guarded.idle()
+
+
+@pytest.mark.parametrize(
+    ("words", "lacks"),
+    [
+        ("could not create a primitive", True),  # the code of a kernel found no place
+        ("could not execute a primitive", True),
+        ("could not create a primitive descriptor for a matmul primitive", False),
+    ],
+)
+def test_r25_what_onednn_says_without_memory(words: str, *, lacks: bool) -> None:
+    assert lacks_memory(RuntimeError(words)) is lacks
+
+
+class Phases:
+    """A device that has memory at times."""
+
+    def __init__(self, has: list[bool]) -> None:
+        self._has = has
+
+    def launch(self, plan: StepPlan) -> Pending:
+        return Hungry(1, 1 if self._has.pop(0) else MemoryError()).launch(plan)
+
+    def idle(self) -> bool:
+        return True
+
+
+def test_r25_an_engine_that_can_do_nothing_any_more_ends() -> None:
+    """Three small steps in a row; a step that succeeds, or one that is large, proves nothing."""
+    small, large = plan_of(SMALL_TOKENS), plan_of(SMALL_TOKENS + 1)
+    plans = [small, small, small, small, large, small, large, small]
+    has = [False, False, True, False, False, False, False, False]
+    guarded = Guarded(Phases(has))
+    outcomes = [outcome(guarded, plan) for plan in plans]
+    assert outcomes == ["lacks", "lacks", "has", "lacks", "lacks", "lacks", "lacks", "ends"]
+    assert MOST_SMALL_FAILURES == 3
+
+
+def plan_of(num_tokens: int) -> StepPlan:
+    return PLAN._replace(rows=[Row(0, 1, 0, num_tokens - 1, False), Row(1, 2, 5, 1, True)])
+
+
+def outcome(guarded: Guarded, plan: StepPlan) -> str:
+    try:
+        guarded.launch(plan).result()
+    except OutOfMemory:
+        return "lacks"
+    except NotEnoughMemory:
+        return "ends"
+    return "has"

@@ -13,7 +13,7 @@ from router.text import json_schema, patterns
 from router.text.grammar import (
     MAX_CHOICES,
     after_thinking,
-    check,
+    checked,
     choice_grammar,
     json_object_grammar,
     json_schema_grammar,
@@ -276,7 +276,7 @@ def test_the_schema_itself_stays_as_it_is() -> None:
 def test_a_schema_within_a_lark_grammar(sampler: Sampler) -> None:
     rule = json_schema_rule({"type": "object", "properties": {"a": {"enum": ['"', "\n"]}}})
     grammar = f'start: "<call>" arguments "</call>"\narguments: {rule}\n'
-    assert check(grammar) is None
+    checked(grammar)
     assert sampler.accepts(grammar, '<call>{"a":"\\""}</call>')
     assert not sampler.accepts(grammar, "<call>{" + " " * 9 + "}</call>")
     with pytest.raises(GrammarError):
@@ -441,7 +441,7 @@ def test_grammars_that_are_refused(text: str, words: str) -> None:
 )
 def test_after_thinking(grammar: str, answer: str, sampler: Sampler) -> None:
     whole = after_thinking(grammar, "</think>")
-    assert check(whole) is None
+    checked(whole)
     for thought in ("", "so </thin > < é\n\n", "{}"):
         assert sampler.accepts(whole, f"{thought}</think>{answer}")
         assert sampler.accepts(whole, f"{thought}</think>\n\n{answer}")

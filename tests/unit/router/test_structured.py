@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from router.api.structured import Structured, from_format, grammar_of
 from router.errors import MAX_MESSAGE_CHARS, BadRequest
+from router.text.grammar import make
 from tests.sampling import Sampler
 
 FIELDS = (
@@ -31,7 +32,7 @@ def sampler() -> Sampler:
 
 
 def asked(**fields: Any) -> Structured | None:
-    return grammar_of(SimpleNamespace(**{**dict.fromkeys(FIELDS), **fields}))
+    return grammar_of(make, SimpleNamespace(**{**dict.fromkeys(FIELDS), **fields}))
 
 
 def refusal(**fields: Any) -> BadRequest:
@@ -249,14 +250,16 @@ def test_what_clients_make_of_pydantic_models(sampler: Sampler) -> None:
 
 def test_the_formats_of_other_routes(sampler: Sampler) -> None:
     for kind, param in (("text.format", "text.format"), ("output_config.format", "x.format")):
-        structured = from_format({"type": "json_schema", "name": kind, "schema": POINT}, param)
+        structured = from_format(
+            make, {"type": "json_schema", "name": kind, "schema": POINT}, param
+        )
         assert structured is not None
         assert structured.param == param
         assert sampler.accepts(structured.grammar, '{"x":1}')
-    assert from_format(None, "text.format") is None
-    assert from_format({"type": "text"}, "text.format") is None
+    assert from_format(make, None, "text.format") is None
+    assert from_format(make, {"type": "text"}, "text.format") is None
     with pytest.raises(BadRequest) as caught:
-        from_format({"type": "json_schema", "schema": {"not": {}}}, "text.format")
+        from_format(make, {"type": "json_schema", "schema": {"not": {}}}, "text.format")
     assert caught.value.param == "text.format.schema"
 
 

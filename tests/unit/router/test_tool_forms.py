@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from router.arguments import HELP
 from router.errors import BadRequest
-from router.text.grammar import after_thinking
+from router.text.grammar import after_thinking, make
 from router.text.model import load_text, thinking_of, tool_form_of
 from router.text.scanner import Scanner, ThinkingRule
 from router.text.served import ServedModel
@@ -224,7 +224,7 @@ def test_forced_calls_are_read_back(vocabulary: LLTokenizer, name: str, *, marke
     for kind, parallel in (("required", True), ("required", False), ("named", True)):
         choice = ToolChoice("named", "f") if kind == "named" else ToolChoice("required")
         use = ToolUse(TOOLS, choice, parallel)
-        grammar = form.call_grammar(use.tools, choice, parallel)
+        grammar = form.call_grammar(make, use.tools, choice, parallel)
         assert not LLMatcher.validate_grammar(grammar)
         for seed in range(6):
             ids = sample(vocabulary, grammar, seed)
@@ -247,11 +247,11 @@ def test_forced_calls_are_read_back(vocabulary: LLTokenizer, name: str, *, marke
 
 def test_grammars_keep_clients_from_their_options() -> None:
     schema = {"type": "object", "properties": {}, "x-guidance": {"lenient": True}}
-    grammar = ToolForm().call_grammar((Tool("f", "", schema),), ToolChoice("required"), True)
+    grammar = ToolForm().call_grammar(make, (Tool("f", "", schema),), ToolChoice("required"), True)
     assert '"lenient": true' not in grammar
     bad = Tool("f", "", {"type": "object", "properties": {"a": {"type": "strng"}}})
     with pytest.raises(BadRequest) as error:
-        ToolForm().call_grammar((WEATHER, bad), ToolChoice("required"), True)
+        ToolForm().call_grammar(make, (WEATHER, bad), ToolChoice("required"), True)
     assert error.value.param == "tools[1].function.parameters"
     assert error.value.message.startswith("'tools[1].function.parameters' cannot be enforced")
 
@@ -263,7 +263,7 @@ def test_a_forced_call_after_thinking(vocabulary: LLTokenizer, *, marked: bool) 
     use = ToolUse(TOOLS, choice, parallel=False)
     # a tag that random letters write now and then
     thinking = ThinkingRule("~", "a", starts_open=True)
-    grammar = after_thinking(form.call_grammar(TOOLS, choice, False), thinking.close)
+    grammar = after_thinking(form.call_grammar(make, TOOLS, choice, False), thinking.close)
     for seed in range(4):
         ids = sample(vocabulary, grammar, seed)
         text = b"".join(PIECES[i] for i in ids if i != EOS).decode()
@@ -275,7 +275,7 @@ def test_a_forced_call_after_thinking(vocabulary: LLTokenizer, *, marked: bool) 
 
 def test_many_tools() -> None:
     tools = tuple(Tool(f"f{i}", "d", CITY) for i in range(128))
-    assert ToolForm().call_grammar(tools, ToolChoice("required"), True).count("%json") == 128
+    assert ToolForm().call_grammar(make, tools, ToolChoice("required"), True).count("%json") == 128
 
 
 def test_scan_rules() -> None:
