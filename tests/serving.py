@@ -32,6 +32,15 @@ START_LIMIT_S = 60.0
 STOP_LIMIT_S = 60.0
 
 
+def is_engine(process: psutil.Process) -> bool:
+    """Of a router's children."""
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and "router.text.grammar_process" not in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Server:
     """A running router. `url` is set once it is ready."""
 
@@ -61,14 +70,14 @@ class Server:
         return found
 
     def engines(self) -> list[psutil.Process]:
-        """The engine processes now, oldest first."""
+        """The engine processes now, oldest first; none of those that compile grammars."""
         try:
             children = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
         children.sort(key=lambda child: child.create_time())
         self._known |= {child.pid: child for child in children}
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in children if is_engine(child)]
 
     def metric(self, name: str) -> float:
         """The sum of one metric over all its labels."""

@@ -42,6 +42,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
     parser.add_argument("--share", type=float, default=1.0, help="of the counts of the other rows")
     parser.add_argument("--model", default="smollm2-135m", help="of R27 (default: %(default)s)")
+    parser.add_argument("--gpus", default="cpu,cpu", help="of R1, R2, R5, R27 (%(default)s)")
     parser.add_argument("--seed", type=int, default=6, help="of chance (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/soak-…")
     try:
@@ -66,7 +67,8 @@ async def play(name: str, arguments: argparse.Namespace, tiny: Path) -> RowResul
     """One row. A row that breaks off is a row that is not met."""
     row = ROWS[name]
     n = max(1, round(row.n * arguments.share))
-    orders = Orders(n, row.n, arguments.minutes, tiny, arguments.model, arguments.seed, say)
+    minutes, model, gpus = arguments.minutes, arguments.model, arguments.gpus
+    orders = Orders(n, row.n, minutes, tiny, model, gpus, arguments.seed, say)
     began_s = time.monotonic()
     say(f"{name}: begins")
     try:

@@ -100,7 +100,7 @@ def leaked_blocks(sample: Sample) -> float:
 async def r27(orders: Orders) -> RowResult:
     """See the module. `orders.n` is not used: the length is `orders.minutes`."""
     rng, began_s = orders.rng("R27"), time.monotonic()
-    words = ("--models", orders.model, "--gpus", "cpu,cpu", "--kv-memory", "500M")
+    words = ("--models", orders.model, "--gpus", orders.gpus, "--kv-memory", "500M")
     with running(*words) as router:
         await router.until_serving(2)
         name = orders.model if "/" not in orders.model else orders.model.rstrip("/").split("/")[-1]

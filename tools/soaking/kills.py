@@ -24,6 +24,8 @@ REQUESTS, FEW_REQUESTS = 48, 8  # of a full run, of a short one
 PAUSE_S: Final = 1.0  # asked of a moved stream, beside the prefill of its context
 # Long enough that a kill finds most clients within an answer of the tiny model.
 SHORTEST, LONGEST = 60, 600
+# On a card an answer would else depend on who is in its batch.
+EXACT: Final = ("--dtype", "float32")
 WHOLE: Final = ("plain", "echo")  # kinds that are not streamed
 BASIC: Final = ("greedy", "seeded", "greedy", "seeded", "plain")
 
@@ -48,7 +50,8 @@ class Killing:
 
     def words(self) -> tuple[str, ...]:
         """The command line of its routers."""
-        return ("--models", str(self.orders.tiny), "--gpus", "cpu,cpu", "--threads", "1")
+        orders = self.orders
+        return ("--models", str(orders.tiny), "--gpus", orders.gpus, "--threads", "1", *EXACT)
 
     @property
     def done(self) -> int:

@@ -19,6 +19,7 @@ class Orders(NamedTuple):
     minutes: float
     tiny: Path  # the folder of a tiny model
     model: str  # of the rows that want a real one
+    gpus: str  # of the rows with two replicas of a real engine
     seed: int
     say: Callable[[str], None]
 
