@@ -22,7 +22,7 @@ from router.api.chat import ChatCompletions
 from router.api.completions import Completions
 from router.api.embeddings import Embeddings
 from router.api.fixed import Fixed, page
-from router.api.generation import Generations
+from router.api.generation import Generations, Grammars
 from router.api.messages import Messages
 from router.api.messages_schema import MessagesRequest
 from router.api.models import Operator
@@ -42,7 +42,6 @@ from router.embed_flow import EmbedFlow
 from router.flow import Flow
 from router.metrics import Metrics
 from router.operations import Operations, ReplicaRow
-from router.text.grammar import Make
 from router.text.pool import TextPool
 from router.text.served import ModelTable
 
@@ -68,7 +67,7 @@ class Parts:
     flow: Flow
     embed_flow: EmbedFlow
     pool: TextPool
-    make_grammar: Make
+    grammars: Grammars
     metrics: Metrics
     health: Health
     access: Access = field(default_factory=Access)
@@ -103,7 +102,7 @@ def post(path: str, endpoint: ASGIApp, about: About) -> Row:
 
 def build_app(parts: Parts) -> ASGIApp:
     """All routes behind the boundary."""
-    generations = Generations(parts.models, parts.flow, parts.pool, parts.make_grammar)
+    generations = Generations(parts.models, parts.flow, parts.pool, parts.grammars)
     rows = [
         *_generating(parts, generations),
         *_asking(parts, generations),

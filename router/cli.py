@@ -308,15 +308,15 @@ async def _run(
     settings = gates.settings(config)
     quarantine = Quarantine(clock)
     flow = Flow(fleet, admission, metrics, settings, quarantine, clock)
-    embed_flow = EmbedFlow(fleet, admission, metrics, settings, quarantine, clock)
-    turnover = Turnover(roster, planner, config, _limiter(gates, admission, [flow, embed_flow]))
+    embeds = EmbedFlow(fleet, admission, metrics, settings, quarantine, clock)
+    turnover = Turnover(roster, planner, config, _limiter(gates, admission, [flow, embeds]))
     life = Lifecycle(fleet, link, supervisor, admission, streams, metrics)
     _export(metrics, outside.lines, fleet, admission)
-    pool, make = TextPool(), outside.grammars.make
+    pool, grammars = TextPool(), outside.grammars
     dump = StateDump(fleet, supervisor, admission, streams, clock)
     access, operator = _access(config), Operator(roster, turnover)
     operations = Operations(fleet, supervisor, served, clock)
-    parts = Parts(served, flow, embed_flow, pool, make, metrics, life, access, operator, operations)
+    parts = Parts(served, flow, embeds, pool, grammars, metrics, life, access, operator, operations)
     reload = turnover.reload if config.file else None
     bounds = RunLimits(limits.drain_timeout_s, limits.hang_timeout_s, outside.connections)
     hooks = Hooks(outside.notifier, dump, outside.lines.reopen, reload)

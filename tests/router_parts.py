@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message
 
@@ -362,7 +362,15 @@ async def router_parts(
     supervisor = Supervisor(specs, fleet, metrics, on_fatal="wait", clock=time.monotonic)
     operations = Operations(fleet, supervisor, served, time.monotonic)
     parts = Parts(
-        served, flow, embed_flow, pool, make, metrics, AlwaysWell(), access, operations=operations
+        served,
+        flow,
+        embed_flow,
+        pool,
+        GrammarsHere(),
+        metrics,
+        AlwaysWell(),
+        access,
+        operations=operations,
     )
     app = build_app(parts)
     try:
@@ -372,6 +380,16 @@ async def router_parts(
     finally:
         await engines.stop()
         pool.close()
+
+
+T = TypeVar("T")
+
+
+class GrammarsHere:
+    """Makes grammars in this process, which no client of a test will end."""
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.to_thread(function, make, *args)
 
 
 @dataclass

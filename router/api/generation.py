@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 import msgspec
 from starlette.types import Scope
@@ -63,15 +63,24 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
+class Grammars(Protocol):
+    """Where grammars are made."""
+
+    async def run(
+        self, function: Callable[Concatenate[Make, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What `function` gives with something that makes grammars. Off the event loop."""
+        ...
+
+
 class Generations:
     """The steps that chats and completions have in common, over one set of models."""
 
-    def __init__(self, models: ModelTable, flow: Flow, pool: TextPool, make: Make) -> None:
-        """`make` makes grammars, as `router.text.grammar.make` does."""
+    def __init__(self, models: ModelTable, flow: Flow, pool: TextPool, grammars: Grammars) -> None:
         self._models = models
         self._flow = flow
         self._pool = pool
-        self._make = make
+        self._grammars = grammars
 
     async def decode(self, body: bytes, kind: type[T]) -> T:
         """One typed decode of a JSON body; see `decode_body`."""
@@ -173,10 +182,6 @@ class Generations:
         """Tokens that prompt and answer may have together, as of now."""
         return self._flow.max_len(model)
 
-    async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result, from a thread. Raises what it raises, Overloaded, BadRequest."""
-        return await self._pool.run(function, *args, **kwargs)
-
     async def structured(self, request: GenerationRequest) -> Structured | None:
         """The form that the answer is bound to. Raises BadRequest.
 
@@ -184,11 +189,11 @@ class Generations:
         """
         if not asks_for_structure(request):
             return None
-        return await self.work(grammar_of, self._make, request)
+        return await self._grammars.run(grammar_of, request)
 
     async def call_grammar(self, form: ToolForm, use: ToolUse) -> str:
         """That of the calls which this use of tools forces. Raises BadRequest."""
-        return await self.work(form.call_grammar, self._make, use.tools, use.choice, use.parallel)
+        return await self._grammars.run(form.call_grammar, use.tools, use.choice, use.parallel)
 
     def run(self, job: Job) -> AsyncGenerator[list[Progress], None]:
         """The life of the job; see `Flow.generate`."""

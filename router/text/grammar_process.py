@@ -2,8 +2,9 @@
 
 `GrammarProcesses.make` is `router.text.grammar.make` over there: a grammar that takes the compiler
 more than `cpu_s` seconds of its time or `MEMORY_BYTES`, or that ends its process, is refused, and
-nobody else notices. Owns these processes: as many as threads ask at a time, started when first
-needed, each with one socket, whose end ends it. Must not know HTTP, models or engines.
+nobody else notices. Owns these processes, started when first needed, each with one socket, whose
+end ends it, and the threads that wait for them: those of other texts would be held up. Must not
+know HTTP, models or engines.
 """
 
 from __future__ import annotations
@@ -16,18 +17,34 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import msgspec
 
 from router import logs
 from router.errors import GrammarError, Overloaded
-from router.text.grammar import Kind, make
+from router.text.grammar import Kind, Make, make
+from router.text.pool import TextPool
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CPU_S: Final = 5.0  # of one grammar
 PATIENCE_S: Final = 9.0  # with one, on a machine that has more to do
+THREADS: Final = 2  # so many grammars at a time
+MAX_WAITING: Final = 64
+WAIT_S: Final = 60.0  # for all those before it
 MEMORY_BYTES: Final = 1 << 30
 _LENGTH: Final = struct.Struct(">I")
 _COMMAND: Final = (sys.executable, "-m", "router.text.grammar_process")
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """One of the two."""
+
+    grammar: str = ""
+    fault: str = ""
 
 
 class _Died(Exception):
@@ -39,7 +56,7 @@ class _Died(Exception):
 
 
 class GrammarProcesses:
-    """Used from threads; one job of a process at a time."""
+    """`run` is for the event loop, `make` for threads; one job of a process at a time."""
 
     def __init__(
         self,
@@ -52,10 +69,17 @@ class GrammarProcesses:
         self._environment = environment
         self._cpu_s = cpu_s
         self._patience_s = patience_s
+        self._pool = TextPool(threads=THREADS, max_waiting=MAX_WAITING, limit_s=WAIT_S)
         self._lock = threading.Lock()  # guards the rest
         self._all: set[_Child] = set()
         self._idle: list[_Child] = []
         self._closed = False
+
+    async def run(
+        self, function: Callable[Concatenate[Make, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`function(make, ...)`, in a thread. Raises what it raises, and as `TextPool.run` does."""
+        return await self._pool.run(function, self.make, *args, **kwargs)
 
     def make(self, kind: Kind, value: Any) -> str:
         """As `router.text.grammar.make`. Raises GrammarError, and Overloaded if no process starts.
@@ -79,9 +103,9 @@ class GrammarProcesses:
                 self._drop(child)
                 raise
             self._put_back(child)
-            if answer["fault"] is not None:
-                raise GrammarError(answer["fault"])
-            return answer["grammar"]
+            if answer.fault:
+                raise GrammarError(answer.fault)
+            return answer.grammar
         raise GrammarError("It cannot be compiled.")
 
     def pids(self) -> list[int]:
@@ -91,6 +115,7 @@ class GrammarProcesses:
 
     def close(self) -> None:
         """Ends them all; who waits for one is refused."""
+        self._pool.close()
         with self._lock:
             self._closed = True
             doomed = list(self._all)
@@ -130,7 +155,7 @@ class _Child:
             try:
                 self._popen = subprocess.Popen(
                     _COMMAND,
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env=dict(environment),
@@ -144,7 +169,7 @@ class _Child:
     def pid(self) -> int:
         return self._popen.pid
 
-    def ask(self, order: bytes, patience_s: float) -> dict[str, Any]:
+    def ask(self, order: bytes, patience_s: float) -> _Answer:
         """Its answer. Raises _Died."""
         try:
             self._socket.settimeout(patience_s)
@@ -157,7 +182,7 @@ class _Child:
         if frame is None:
             cause = self._end()
             raise _Died(cause, too_long=self._popen.returncode == -signal.SIGPROF)
-        return json.loads(frame)
+        return msgspec.json.decode(frame, type=_Answer)
 
     def kill(self) -> None:
         """Ends and reaps it; more than once does no harm."""
@@ -207,16 +232,16 @@ def serve(connection: socket.socket) -> None:
     while (order := _receive(connection)) is not None:
         kind, value, cpu_s = json.loads(order)
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
-        answer = json.dumps(_answer(kind, value)).encode()
+        answer = msgspec.json.encode(_answer(kind, value))
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.sendall(_LENGTH.pack(len(answer)) + answer)
 
 
-def _answer(kind: Kind, value: Any) -> dict[str, str | None]:
+def _answer(kind: Kind, value: Any) -> _Answer:
     try:
-        return {"grammar": make(kind, value), "fault": None}
+        return _Answer(grammar=make(kind, value))
     except GrammarError as error:
-        return {"grammar": "", "fault": error.message}
+        return _Answer(fault=error.message)
 
 
 if __name__ == "__main__":

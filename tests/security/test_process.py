@@ -51,6 +51,7 @@ def test_s16_grammars_are_compiled_in_a_process_of_their_own(
         assert "llguidance" in Path(f"/proc/{compilers[0].pid}/maps").read_text()
         assert "llguidance" not in Path(f"/proc/{process.pid}/maps").read_text()
         compilers[0].kill()
+    assert client.post("/v1/completions", json=bound).status_code == 200
 
 
 def test_s5_s22_keys_are_nowhere_to_be_seen(router: RouterProcess, client: httpx.Client) -> None:
