@@ -31,6 +31,7 @@ from router.metrics import Metrics
 from router.quarantine import Quarantine
 from router.streams import StreamTable
 from router.text.model import load_text
+from router.text.grammar_process import GrammarProcesses
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
 from router.waiting import FlowSettings
@@ -134,7 +135,8 @@ async def measure_path(folder: Path) -> float:
     )
     flow, embed_flow = Flow(*owners), EmbedFlow(*owners)
     pool = TextPool()
-    app = build_app(Parts(ModelTable([model]), flow, embed_flow, pool, metrics, AlwaysWell()))
+    grammars, well = GrammarProcesses({}), AlwaysWell()
+    app = build_app(Parts(ModelTable([model]), flow, embed_flow, pool, grammars, metrics, well))
     limits = Limits(10 * STEPS, text.tokenizer.vocab_size, 32, 1000, STREAMS)
     fleet.start(0, 1, b"engine")
     fleet.receive(b"engine", protocol.encode(Ready(1, protocol.PROTOCOL_VERSION, limits)))
