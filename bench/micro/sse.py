@@ -30,8 +30,8 @@ from router.flow import Flow
 from router.metrics import Metrics
 from router.quarantine import Quarantine
 from router.streams import StreamTable
-from router.text.model import load_text
 from router.text.grammar_process import GrammarProcesses
+from router.text.model import load_text
 from router.text.pool import TextPool
 from router.text.served import ModelTable, ServedModel
 from router.waiting import FlowSettings
